@@ -1,0 +1,304 @@
+"""Reads YAML recipes, model shapes, sites and user.toml into the frozen models of `schema`.
+
+Errors point at a line of a file: the YAML tree is walked before it becomes values, so that every
+field remembers where it was written.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import orjson
+import yaml
+from pydantic import ValidationError
+
+from tanren.config.errors import RequestError
+from tanren.config.schema import STAGES, Model, Recipe, Site, Strict, User
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Location = tuple[str | int, ...]
+M = TypeVar("M", bound=Strict)
+
+FLOAT_HINT = "YAML reads a number such as 5e-5 as text: write 5.0e-5"
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader, asked for one node at a time by `_build`."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """The values of a YAML file and where each was written."""
+
+    path: Path
+    values: dict[str, Any]
+    places: dict[Location, str]
+
+    def place(self, location: Location) -> str:
+        """`file:line: field` of the nearest field that the file really has."""
+        for length in range(len(location), -1, -1):
+            if location[:length] in self.places:
+                where = self.places[location[:length]]
+                break
+        else:
+            where = str(self.path)
+        field = ".".join(str(part) for part in location)
+        return f"{where}: {field}" if field else where
+
+
+def read_yaml(path: Path) -> Document:
+    """Read one YAML mapping.
+
+    Raises:
+        RequestError: the file is missing, is not YAML, is not a mapping, repeats a key, or holds
+            a sexagesimal number (24:00:00, which YAML 1.1 reads as 86400).
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RequestError(path, "there is no such file", _similar_files(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(path, f"cannot be read: {error}") from None
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        places: dict[Location, str] = {}
+        values = _build(loader, node, path, (), places) if node is not None else {}
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise RequestError(f"{path}{line}", f"not YAML: {error.problem}") from None
+    finally:
+        loader.dispose()
+    if not isinstance(values, dict):
+        raise RequestError(path, f"holds a {type(values).__name__}, not fields with values")
+    return Document(path, values, places)
+
+
+def _build(
+    loader: _Loader, node: yaml.Node, path: Path, location: Location, places: dict[Location, str]
+) -> Any:
+    place = f"{path}:{node.start_mark.line + 1}"
+    places.setdefault(location, place)
+    if isinstance(node, yaml.MappingNode):
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(loader.construct_object(key_node))
+            here = (*location, key)
+            if key in result:
+                line = key_node.start_mark.line + 1
+                raise RequestError(
+                    f"{path}:{line}: {key}", "is stated twice", f"the first is at {places[here]}"
+                )
+            places[here] = f"{path}:{key_node.start_mark.line + 1}"
+            result[key] = _build(loader, value_node, path, here, places)
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [
+            _build(loader, child, path, (*location, index), places)
+            for index, child in enumerate(node.value)
+        ]
+    value = loader.construct_object(node)
+    if node.tag == "tag:yaml.org,2002:int" and ":" in node.value and node.style is None:
+        field = ".".join(str(part) for part in location)
+        raise RequestError(
+            f"{place}: {field}",
+            f"YAML reads {node.value} as {value}",
+            "write hours as a number, such as walltime_hours: 24",
+        )
+    return value
+
+
+def parse_set(assignments: list[str]) -> list[tuple[tuple[str, ...], Any]]:
+    """Read `a.b=c` assignments; the right side is YAML, so 8, true, 1.0e-5 and [1, 2] work."""
+    result = []
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not all(key.split(".")):
+            raise RequestError(
+                f"--set {assignment}", "is not of the form field.subfield=value",
+                "for example --set optimizer.lr=1.0e-4",
+            )
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RequestError(f"--set {assignment}", f"the value is not YAML: {error}") from None
+        result.append((tuple(key.split(".")), value))
+    return result
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` laid over it; mappings are merged, everything else is replaced."""
+    result = dict(base)
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = merge(result[key], value)
+        else:
+            result[key] = value
+    return result
+
+
+def recipe_path(path: Path, variant: str | None) -> Path:
+    """The file of a recipe, or of its variant beside it (midtrain.yaml → midtrain.100B.yaml)."""
+    return path.with_name(f"{path.stem}.{variant}{path.suffix}") if variant else path
+
+
+def read_recipe(path: Path, variant: str | None, assignments: list[str]) -> tuple[str, Recipe]:
+    """Read a recipe file with its base, its variant and the --set changes.
+
+    Returns:
+        the stage's name (the first part of the file's name) and its recipe.
+    """
+    stage = path.name.split(".")[0]
+    if stage not in STAGES:
+        known = ", ".join(f"{name}.yaml" for name in STAGES)
+        raise RequestError(path, "the file's name is not that of a stage", f"one of {known}")
+    document = _with_base(recipe_path(path, variant), [])
+    values, places = document.values, dict(document.places)
+    for keys, value in parse_set(assignments):
+        _refuse_sexagesimal(keys, value, assignments)
+        nested: Any = value
+        for key in reversed(keys):
+            nested = {key: nested}
+        values = merge(values, nested)
+        places[keys] = "--set"
+    changed = Document(document.path, values, places)
+    return stage, cast(Recipe, validate(changed, STAGES[stage]))
+
+
+def _refuse_sexagesimal(keys: tuple[str, ...], value: Any, assignments: list[str]) -> None:
+    for assignment in assignments:
+        key, _, text = assignment.partition("=")
+        if tuple(key.split(".")) == keys and isinstance(value, int) and ":" in text:
+            raise RequestError(
+                f"--set {assignment}", f"YAML reads {text} as {value}", "write hours as a number"
+            )
+
+
+def _with_base(path: Path, seen: list[Path]) -> Document:
+    """A file laid over the file that its `base:` names, and so on."""
+    document = read_yaml(path)
+    base = document.values.get("base")
+    if base is None:
+        return document
+    if not isinstance(base, str):
+        raise RequestError(document.place(("base",)), f"{base!r} is not the name of a recipe file")
+    if path.resolve() in seen:
+        raise RequestError(document.place(("base",)), f"{path.name} is its own base in the end")
+    below = _with_base(path.parent / base, [*seen, path.resolve()])
+    values = {key: value for key, value in document.values.items() if key != "base"}
+    return Document(path, merge(below.values, values), {**below.places, **document.places})
+
+
+def validate(document: Document, model: type[M]) -> M:
+    """Values to a frozen model; every problem of the file in one message.
+
+    Raises:
+        RequestError: with one line for each field that is wrong.
+    """
+    try:
+        # JSON is pydantic's strict mode for files: a list is a tuple, text is never a number.
+        return model.model_validate_json(orjson.dumps(document.values))
+    except ValidationError as error:
+        problems = [_explain(document, model, item) for item in error.errors()]
+    place, problem = problems[0]
+    others = [f"also {where}: {what}" for where, what in problems[1:]]
+    raise RequestError(place, problem, "\n        ".join(others))
+
+
+def _value_at(document: Document, location: Location) -> Any:
+    value: Any = document.values
+    for part in location:
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+def _looks_like_float(value: object) -> bool:
+    try:
+        return isinstance(value, str) and float(value) is not None
+    except ValueError:
+        return False
+
+
+def _explain(document: Document, model: type[Strict], item: Any) -> tuple[str, str]:
+    location: Location = tuple(item["loc"])
+    kind, message = item["type"], item["msg"]
+    if kind == "extra_forbidden":
+        parent = _model_at(model, location[:-1])
+        known = ", ".join(parent.model_fields) if parent else ""
+        return document.place(location), "is not a field here" + (
+            f"; the fields are {known}" if known else ""
+        )
+    if kind == "missing":
+        return document.place(location), "is missing"
+    if kind == "value_error":
+        return document.place(location), message.removeprefix("Value error, ")
+    value = _value_at(document, location)
+    hint = f". {FLOAT_HINT}" if _looks_like_float(value) else ""
+    return document.place(location), f"{value!r}: {message[0].lower()}{message[1:]}{hint}"
+
+
+def _model_at(model: type[Strict], location: Location) -> type[Strict] | None:
+    """The model behind a nested field, to name the fields that it has."""
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(str(part))
+        if field is None:
+            return None
+        nested = [
+            kind
+            for kind in (field.annotation, *getattr(field.annotation, "__args__", ()))
+            if isinstance(kind, type) and issubclass(kind, Strict)
+        ]
+        if not nested:
+            return None
+        model = nested[0]
+    return model
+
+
+def _similar_files(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"the folder {path.parent} does not exist either"
+    names = sorted(p.name for p in path.parent.glob("*" + path.suffix))
+    return f"{path.parent} has {', '.join(names)}" if names else f"{path.parent} is empty"
+
+
+def repository() -> Path:
+    """The root of the checkout that this code runs from."""
+    return Path(__file__).resolve().parents[3]
+
+
+def read_model(name: str) -> Model:
+    """A model's shape by its name: recipes/models/NAME.yaml."""
+    return validate(read_yaml(repository() / "recipes" / "models" / f"{name}.yaml"), Model)
+
+
+def read_site(name: str) -> Site:
+    """A site's facts by its name: recipes/sites/NAME.yaml."""
+    return validate(read_yaml(repository() / "recipes" / "sites" / f"{name}.yaml"), Site)
+
+
+def read_user() -> User:
+    """user.toml at the root of the repository (or where TANREN_USER names it); may be absent."""
+    path = Path(os.environ.get("TANREN_USER") or repository() / "user.toml")
+    if not path.exists():
+        if "TANREN_USER" in os.environ:
+            raise RequestError(path, "TANREN_USER names a file that is not there")
+        return User()
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RequestError(path, f"not TOML: {error}") from None
+    return validate(Document(path, values, {}), User)

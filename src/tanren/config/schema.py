@@ -1,0 +1,339 @@
+"""What a recipe may say: strict, frozen models, one a stage.
+
+Units are in the names. Unknown keys are errors. Nothing here reads a file or knows a site.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class Strict(BaseModel):
+    """Base of every model: no unknown key, no change after reading, no silent conversion."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _one_key_mapping(value: Any) -> Any:
+    """`init: {hf: PATH}` and `init: hf:PATH` say the same."""
+    if isinstance(value, dict) and len(value) == 1:
+        ((kind, target),) = value.items()
+        return f"{kind}:{target}"
+    return value
+
+
+StageReference = Annotated[
+    str, BeforeValidator(_one_key_mapping), Field(pattern=r"^stage:[A-Za-z0-9._-]+$")
+]
+Base = Annotated[
+    str,
+    BeforeValidator(_one_key_mapping),
+    Field(pattern=r"^(scratch|(hf|checkpoint):\S.*|stage:[A-Za-z0-9._-]+)$"),
+]
+
+
+class RopeScaling(Strict):
+    """Llama-3.1 frequency scaling (Llama 3 herd of models, 2024, section 3.2)."""
+
+    factor: PositiveFloat = 8.0
+    low_frequency_factor: PositiveFloat = 1.0
+    high_frequency_factor: PositiveFloat = 4.0
+    original_max_positions: Positive = 8192
+
+
+class Model(Strict):
+    """The shape of a LLaMA-type model."""
+
+    layers: Positive
+    hidden_size: Positive
+    ffn_hidden_size: Positive
+    attention_heads: Positive
+    kv_groups: Positive
+    head_size: Positive | None = None
+    vocabulary_size: Positive
+    max_positions: Positive
+    rotary_base: PositiveFloat
+    rope_scaling: RopeScaling | None = None
+    norm_epsilon: PositiveFloat
+    tied_embeddings: bool = False
+    init_std: PositiveFloat = 0.02
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Model:
+        if self.attention_heads % self.kv_groups:
+            raise ValueError(
+                f"attention_heads {self.attention_heads} is not a multiple of "
+                f"kv_groups {self.kv_groups}"
+            )
+        if self.head_size is None and self.hidden_size % self.attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of attention_heads "
+                f"{self.attention_heads}: state head_size"
+            )
+        if self.head_width % 2:
+            raise ValueError(f"head size {self.head_width} is odd: rotary embedding needs pairs")
+        return self
+
+    @property
+    def head_width(self) -> int:
+        """Channels of one attention head."""
+        return self.head_size or self.hidden_size // self.attention_heads
+
+    @property
+    def padded_vocabulary(self) -> int:
+        """Embedding rows inside the engine: the vocabulary rounded up to a multiple of 128.
+
+        It does not depend on the layout, so that a checkpoint fits every tensor-parallel size
+        that divides 128.
+        """
+        return -(-self.vocabulary_size // 128) * 128
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters, without the padding of the vocabulary."""
+        attention = self.hidden_size * self.head_width * (self.attention_heads + self.kv_groups) * 2
+        mlp = 3 * self.hidden_size * self.ffn_hidden_size
+        embeddings = self.vocabulary_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        norms = self.hidden_size * (2 * self.layers + 1)
+        return self.layers * (attention + mlp) + embeddings + norms
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Floating-point operations of one trained token, forward and backward.
+
+        Six per weight of every matrix product, the output layer included and the embedding
+        lookup not, plus attention scores with the causal half counted once (PaLM, appendix B,
+        halved for causality). For llm-jp-4-8b at 4096 this gives 49.93 GFLOP.
+        """
+        attention = self.hidden_size * self.head_width * (self.attention_heads + self.kv_groups) * 2
+        mlp = 3 * self.hidden_size * self.ffn_hidden_size
+        weights = self.layers * (attention + mlp) + self.vocabulary_size * self.hidden_size
+        scores = self.layers * sequence_length * self.attention_heads * self.head_width
+        return 6.0 * (weights + scores)
+
+
+class TokenizerTraining(Strict):
+    """A byte-level BPE tokenizer trained on the recipe's own text."""
+
+    vocabulary_size: Annotated[int, Field(ge=300)]
+
+
+class Tokenizer(Strict):
+    """Where the tokenizer comes from: a folder with tokenizer.json, or training."""
+
+    path: str | None = None
+    train: TokenizerTraining | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Tokenizer:
+        if (self.path is None) == (self.train is None):
+            raise ValueError("state exactly one of path, train")
+        return self
+
+
+class Source(Strict):
+    """A named collection of documents.
+
+    `path` is a .jsonl file (a glob is expanded) whose lines are objects with the text under
+    `text_key`. `python_documentation` is what every Python carries: the language reference
+    behind help() (`topics`), or the docstrings of the standard library (`docstrings`).
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    path: str | None = None
+    python_documentation: Literal["topics", "docstrings"] | None = None
+    text_key: str = "text"
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Source:
+        if (self.path is None) == (self.python_documentation is None):
+            raise ValueError("state exactly one of path, python_documentation")
+        return self
+
+
+class Preprocess(Strict):
+    """Text to tokens: a tokenizer, and Megatron .bin/.idx files, one pair a source."""
+
+    tokenizer: Tokenizer
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    append_eod: bool = True
+    prepend_bos: bool = False
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Preprocess:
+        names = [source.name for source in self.sources]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two sources are named {name}")
+        return self
+
+
+class Convert(Strict):
+    """A Hugging Face base to a megatron-core checkpoint.
+
+    `source` is `hf:PATH-or-repo`, or `random` for a base that the recipe makes itself.
+    """
+
+    model: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    source: Annotated[
+        str, BeforeValidator(_one_key_mapping), Field(pattern=r"^(random|hf:\S.*)$")
+    ]
+    tokenizer: StageReference | None = None
+    seed: NonNegative = 1234
+
+    @model_validator(mode="after")
+    def _random_needs_tokenizer(self) -> Convert:
+        if self.source == "random" and self.tokenizer is None:
+            raise ValueError("source: random needs tokenizer: stage:preprocess")
+        return self
+
+
+class Optimizer(Strict):
+    """Adam with decoupled weight decay (AdamW)."""
+
+    lr: PositiveFloat
+    min_lr: NonNegativeFloat = 0.0
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    epsilon: PositiveFloat = 1.0e-8
+    weight_decay: NonNegativeFloat = 0.1
+    clip_grad: NonNegativeFloat = 1.0
+
+
+class Schedule(Strict):
+    """How the learning rate moves: warm-up, then `style`, over the whole run."""
+
+    style: Literal["constant", "linear", "cosine", "WSD"] = "cosine"
+    warmup_steps: NonNegative = 0
+    decay_steps: Positive | None = None
+    decay_style: Literal["minus_sqrt", "linear", "cosine", "exponential"] | None = None
+
+    @model_validator(mode="after")
+    def _wsd_is_complete(self) -> Schedule:
+        wsd = (self.decay_steps, self.decay_style)
+        if self.style == "WSD" and None in wsd:
+            raise ValueError("style WSD needs decay_steps and decay_style")
+        if self.style != "WSD" and wsd != (None, None):
+            raise ValueError(f"decay_steps and decay_style belong to WSD, not to {self.style}")
+        return self
+
+
+class Layout(Strict):
+    """How the model lies over the processes. `data: null` takes every GPU that is left."""
+
+    tensor: Positive = 1
+    pipeline: Positive = 1
+    context: Positive = 1
+    data: Positive | None = None
+    sequence_parallel: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
+
+    @model_validator(mode="after")
+    def _sequence_parallel_needs_tensor(self) -> Layout:
+        if self.sequence_parallel and self.tensor == 1:
+            raise ValueError("sequence_parallel needs tensor > 1")
+        return self
+
+    @property
+    def model_parallel(self) -> int:
+        """Processes that hold one copy of the model."""
+        return self.tensor * self.pipeline * self.context
+
+
+class Checkpointing(Strict):
+    """When checkpoints are written and how many stay. The last step is always saved.
+
+    `reshard: layout` lets a run go on in any layout; its saves gather the optimizer's state over
+    the data-parallel ranks. `reshard: data` writes it in parallel, and only the data-parallel size
+    may change.
+    """
+
+    every_steps: Positive
+    keep_last: Positive = 2
+    reshard: Literal["layout", "data"] = "layout"
+
+
+class Evaluation(Strict):
+    """Held-out loss: before the first step, every so many steps, and after the last."""
+
+    every_steps: Positive | None = None
+    sequences: Positive
+
+
+class Midtrain(Strict):
+    """Continued pre-training of a base on a mix of sources."""
+
+    model: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    init: Base
+    data: StageReference
+    mix: dict[str, PositiveFloat] | None = None
+    split: Annotated[str, Field(pattern=r"^\d+,\d+,\d+$")] = "998,1,1"
+    sequence_length: Positive
+    global_batch: Positive
+    micro_batch: Positive = 1
+    steps: Positive | None = None
+    tokens: Positive | None = None
+    precision: Literal["auto", "bf16", "fp32"] = "bf16"
+    fp8: Literal["none", "tensorwise", "delayed", "blockwise"] = "none"
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    layout: Layout = Layout()
+    checkpoints: Checkpointing
+    evaluation: Evaluation | None = None
+    seed: NonNegative = 1234
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Midtrain:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("state exactly one of steps, tokens")
+        if not int(self.split.split(",")[0]):
+            raise ValueError(f"split {self.split} leaves nothing to train on")
+        if self.evaluation and not int(self.split.split(",")[1]):
+            raise ValueError(f"split {self.split} leaves nothing for the evaluation")
+        if self.optimizer.min_lr > self.optimizer.lr:
+            raise ValueError(
+                f"optimizer.min_lr {self.optimizer.min_lr} is over lr {self.optimizer.lr}"
+            )
+        return self
+
+
+class Export(Strict):
+    """A trained checkpoint to a Hugging Face folder, with a generated sample."""
+
+    of: StageReference
+    iteration: Annotated[int, Field(ge=0)] | Literal["latest"] = "latest"
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    prompt: str = ""
+    sample_tokens: NonNegative = 0
+
+
+Recipe = Preprocess | Convert | Midtrain | Export
+
+STAGES: dict[str, type[Strict]] = {
+    "preprocess": Preprocess,
+    "convert": Convert,
+    "midtrain": Midtrain,
+    "export": Export,
+}
+
+
+class Site(Strict):
+    """What a site is. For now this machine; the schedulers' sites add their own facts."""
+
+    name: str
+    scheduler: Literal["local"]
+
+
+class User(Strict):
+    """user.toml: what is yours and never in a tracked file."""
+
+    runs: str | None = None
+    site: str | None = None

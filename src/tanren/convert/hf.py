@@ -1,0 +1,240 @@
+"""Hugging Face folders: read tensors by name, write a whole folder or nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from tanren.config.errors import RequestError, WorkError
+from tanren.config.schema import Model
+from tanren.convert import llama
+from tanren.data import tokenizer as tokenizers
+from tanren.plan.paths import PARTIAL
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+# Tensors a file: what one file of a large model usually holds.
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def locate(source: str) -> Path:
+    """The local folder of a Hugging Face model: a path as it is, a repository from the hub.
+
+    Raises:
+        RequestError: there is no such folder and the hub cannot be asked.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.is_absolute() or source.startswith("."):
+        raise RequestError(path, "there is no such folder", "check the path of the base model")
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                source, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]
+            )
+        )
+    except Exception as error:  # the hub's client raises many kinds for one thing
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RequestError(
+            f"hf:{source}", f"is no folder here, and the hub does not give it: {reason}",
+            "name a folder that holds the model, or check the name, the network and HF_TOKEN",
+        ) from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face folder."""
+    path = folder / "config.json"
+    try:
+        value = orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise RequestError(path, "is missing", "name a folder that holds a model") from None
+    except orjson.JSONDecodeError as error:
+        raise RequestError(path, f"is not JSON: {error}") from None
+    assert isinstance(value, dict), path
+    return value
+
+
+class Reader:
+    """Tensors of a Hugging Face folder by name, memory-mapped."""
+
+    def __init__(self, folder: Path, files: dict[str, Path], stack: ExitStack) -> None:
+        self.folder, self.files, self._stack = folder, files, stack
+        self._open: dict[Path, Any] = {}
+
+    def __call__(self, name: str) -> torch.Tensor:
+        path = self.files.get(name)
+        if path is None:
+            raise RequestError(
+                self.folder, f"holds no tensor {name}",
+                "the config.json and the tensors of the model do not belong together",
+            )
+        return self._handle(path).get_tensor(name)  # type: ignore[no-any-return]
+
+    def _handle(self, path: Path) -> Any:
+        if path not in self._open:
+            try:
+                self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+            except FileNotFoundError:
+                raise RequestError(path, "is missing", "fetch the model again") from None
+            except SafetensorError as error:
+                raise RequestError(
+                    path, f"is not whole: {error}", "fetch the model again"
+                ) from None
+        return self._open[path]
+
+
+@contextmanager
+def reader(folder: Path) -> Iterator[Reader]:
+    """Open a folder's safetensors, one file or many with an index."""
+    with ExitStack() as stack:
+        index = folder / _INDEX
+        if index.exists():
+            names = orjson.loads(index.read_bytes())["weight_map"]
+            yield Reader(folder, {name: folder / file for name, file in names.items()}, stack)
+        elif (folder / _SINGLE).exists():
+            result = Reader(folder, {}, stack)
+            result.files.update(
+                dict.fromkeys(result._handle(folder / _SINGLE).keys(), folder / _SINGLE)
+            )
+            yield result
+        else:
+            raise RequestError(
+                folder, f"holds neither {_SINGLE} nor {_INDEX}",
+                "only safetensors are read; save the model with safe_serialization=True",
+            )
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A folder that gets its name when everything in it is written."""
+    partial = final.with_name(final.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise WorkError(
+            final, f"cannot be written: {error.strerror}", "make room and run the command again"
+        ) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_tensors(
+    folder: Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write tensors as safetensors: one file, or numbered ones with an index."""
+    shards: list[list[str]] = []
+    held: dict[str, torch.Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        nonlocal held, size
+        if held:
+            _save(held, folder / f"shard-{len(shards)}.safetensors")
+            shards.append(list(held))
+            held, size = {}, 0
+
+    for name, tensor in tensors:
+        if size + tensor.nbytes > max_shard_bytes:
+            flush()
+        held[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-0.safetensors").rename(folder / _SINGLE)
+        return
+    names: dict[str, str] = {}
+    for number, shard in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{number}.safetensors").rename(folder / file)
+        names |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": total}, "weight_map": names}
+    (folder / _INDEX).write_bytes(orjson.dumps(index, option=orjson.OPT_INDENT_2))
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(0, str(error)) from error
+
+
+def write_settings(
+    folder: Path, model: Model, dtype: torch.dtype, tokenizer: Path | None, source: Path | None
+) -> None:
+    """config.json, generation_config.json and the tokenizer's files.
+
+    Args:
+        tokenizer: the folder that the tokenizer is copied from.
+        source: the base model's folder: what its config.json says beyond the shape is carried on.
+    """
+    name = {torch.bfloat16: "bfloat16", torch.float32: "float32"}[dtype]
+    config = read_config(source) if source else llama.config_of(model)
+    for key in ("dtype", "torch_dtype"):
+        config.pop(key, None)
+    config["torch_dtype"] = name
+    generation: dict[str, Any] = {}
+    if source and (source / "generation_config.json").exists():
+        generation = orjson.loads((source / "generation_config.json").read_bytes())
+    if tokenizer is not None:
+        tokenizers.copy(tokenizer, folder)
+        read = tokenizers.read(folder)
+        for target in (config, generation):
+            target.setdefault("eos_token_id", read.eod)
+            if read.bos is not None:
+                target.setdefault("bos_token_id", read.bos)
+    for file, value in (("config.json", config), ("generation_config.json", generation)):
+        (folder / file).write_bytes(orjson.dumps(value, option=orjson.OPT_INDENT_2))
+
+
+def write_random(folder: Path, model: Model, tokenizer: Path, seed: int) -> None:
+    """A base model with random weights: matrices from N(0, init_std), norms one."""
+    generator = torch.Generator().manual_seed(seed)
+    width = model.head_width
+    shapes = {
+        "embed_tokens": (model.vocabulary_size, model.hidden_size),
+        "lm_head": (model.vocabulary_size, model.hidden_size),
+        "q_proj": (model.attention_heads * width, model.hidden_size),
+        "k_proj": (model.kv_groups * width, model.hidden_size),
+        "v_proj": (model.kv_groups * width, model.hidden_size),
+        "o_proj": (model.hidden_size, model.attention_heads * width),
+        "gate_proj": (model.ffn_hidden_size, model.hidden_size),
+        "up_proj": (model.ffn_hidden_size, model.hidden_size),
+        "down_proj": (model.hidden_size, model.ffn_hidden_size),
+    }
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in llama.hf_names(model):
+            shape = shapes.get(name.split(".")[-2])
+            if shape is None:
+                yield name, torch.ones(model.hidden_size, dtype=torch.bfloat16)
+            else:
+                drawn = torch.randn(shape, generator=generator) * model.init_std
+                yield name, drawn.to(torch.bfloat16)
+
+    with whole_folder(folder) as partial:
+        write_tensors(partial, tensors())
+        write_settings(partial, model, torch.bfloat16, tokenizer, None)

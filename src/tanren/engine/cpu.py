@@ -1,0 +1,139 @@
+"""What makes megatron-core 0.16.1 train on a CPU. GPU runs never import this file.
+
+megatron-core is written for CUDA devices, but only in its outer layers: it asks torch.cuda for the
+current device, for random state and for tensor type names. `install` answers those questions for
+the CPU, and gives the optimizer a stand-in for Transformer Engine's FusedAdam with the same state
+layout, so that a checkpoint moves between CPU and GPU. Drop what megatron-core learns to do.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_mode: TorchFunctionMode | None = None
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Turns `device="cuda"`, `.cuda()` and CUDA type names into their CPU counterparts."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if kwargs:
+            device = kwargs.get("device")
+            if device is not None and str(device).startswith("cuda"):
+                kwargs = {**kwargs, "device": _CPU}
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.type and isinstance(result, str):
+            # The optimizers sort parameters by names such as torch.cuda.BFloat16Tensor.
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Adam as Transformer Engine's FusedAdam keeps it: the step count in the group, not per tensor.
+
+    With torch's own AdamW, megatron-core 0.16.1 cannot load a distributed optimizer
+    (KeyError 'step').
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+        adam_w_mode: bool = True,
+    ) -> None:
+        assert adam_w_mode, "only decoupled weight decay is used"
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient (AdamW, Loshchilov & Hutter 2019)."""
+        assert closure is None
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+            if not params:
+                continue
+            beta1, beta2 = group["betas"]
+            torch.optim.adamw.adamw(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [torch.tensor(group["step"] - 1.0) for _ in params],
+                foreach=False,
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def install() -> None:
+    """Make this process run megatron-core on the CPU. Call once, before importing its models."""
+    global _mode
+    if _mode is not None:
+        return
+    # TE and Apex are not here, and that is as it should be.
+    warnings.filterwarnings("ignore", message=".*Transformer Engine.*")
+    warnings.filterwarnings("ignore", message=".*Apex.*")
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.set_device = lambda device: None
+    cuda.synchronize = lambda device=None: None
+    cuda.empty_cache = lambda: None
+    cuda.manual_seed = torch.manual_seed
+    cuda.default_generators = (torch.default_generator,)
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda device=None: torch.default_generator.get_state()
+        module.set_rng_state = lambda state, device=None: torch.default_generator.set_state(state)
+    cuda.FloatTensor, cuda.HalfTensor = torch.FloatTensor, torch.HalfTensor
+    cuda.BFloat16Tensor = torch.BFloat16Tensor
+
+    from megatron.core import optimizer, tensor_parallel
+    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.tensor_parallel import random as tensor_parallel_random
+
+    def set_state(state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+        torch.default_generator.set_state(state)
+
+    patched_random: Any = tensor_parallel_random
+    patched_random._set_cuda_rng_state = set_state
+    assert tensor_parallel.get_cuda_rng_tracker is tensor_parallel_random.get_cuda_rng_tracker
+
+    patched_optimizer: Any = optimizer
+    patched_optimizer.Adam = FusedAdam
+    patched_optimizer.USING_PYTORCH_OPTIMIZER = False
+    patched_distributed: Any = distrib_optimizer
+    patched_distributed.Adam = FusedAdam
+    patched_distributed.HAVE_APEX_OR_TE = True
+    patched_distributed.USING_TE_OPTIMIZER = False
+    patched_distributed.USING_APEX_OPTIMIZER = True
+
+    _mode = _CudaMeansCpu()
+    _mode.__enter__()

@@ -1,0 +1,71 @@
+"""Process groups: torch.distributed and megatron-core's model-parallel groups over it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from tanren.config.schema import Layout
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def initialize(layout: Layout, device_kind: str, seed: int, timeout_minutes: int = 30) -> Ranks:
+    """Join the process group that torchrun set up and lay the model-parallel groups over it.
+
+    Args:
+        device_kind: `cpu` (gloo) or `cuda` (NCCL).
+        seed: of the weights' initialisation; tensor-parallel ranks draw different numbers from it.
+    """
+    if device_kind == "cpu":
+        from tanren.engine import cpu
+
+        cpu.install()
+        device = torch.device("cpu")
+    else:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            backend="gloo" if device_kind == "cpu" else "nccl",
+            timeout=timedelta(minutes=timeout_minutes),
+            device_id=device if device_kind == "cuda" else None,
+        )
+
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            context_parallel_size=layout.context,
+            create_gloo_process_groups=device_kind == "cuda",
+            distributed_timeout_minutes=timeout_minutes,
+        )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def finalize() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,283 @@
+"""The training loop: megatron-core's schedule, one global batch a step, saved and measured."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_batch_on_this_cp_rank
+from torch.utils.data import Dataset
+
+from tanren.config.errors import WorkError
+from tanren.data.blend import Batch, MicroBatches, batches
+from tanren.engine.checkpoint import Saver, TrainingState
+from tanren.engine.log import Metrics
+from tanren.engine.loss import token_loss
+
+logger = logging.getLogger("tanren")
+
+
+class StopRequest:
+    """Remembers that the process was asked to stop; the loop saves and ends after the step."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def install(self) -> None:
+        """Take SIGTERM, SIGINT and SIGUSR1 (a scheduler's warning) as requests to stop."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._take)
+
+    def _take(self, number: int, frame: object) -> None:
+        self.reason = signal.Signals(number).name
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to train and how the global batch is cut."""
+
+    steps: int
+    sequence_length: int
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    flops_per_token: float
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What the model is measured on and how often."""
+
+    dataset: Dataset[Batch]
+    sequences: int
+    every_steps: int | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended. `stopped` names the signal that ended it early."""
+
+    iteration: int
+    stopped: str | None
+
+
+def forward_step(data: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    """One micro batch through this rank's part of the model, as megatron-core's schedules ask."""
+    batch = get_batch_on_this_cp_rank(next(data))
+    output = model(
+        batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]
+    )
+    return output, partial(token_loss, batch["loss_mask"])
+
+
+def train(
+    state: TrainingState,
+    dataset: Dataset[Batch],
+    held_out: HeldOut | None,
+    budget: Budget,
+    *,
+    device: torch.device,
+    saver: Saver,
+    save_every: int,
+    metrics: Metrics,
+    stop: StopRequest,
+    workers: int = 0,
+) -> Outcome:
+    """Train from `state.iteration` to `budget.steps`, or until asked to stop.
+
+    Raises:
+        WorkError: the loss is not a number; the last checkpoint stays as it is.
+    """
+    config = state.model.config
+    config.grad_scale_func = state.optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if state.model.ddp_config.overlap_grad_reduce:
+        config.no_sync_func = state.model.no_sync
+    if state.model.ddp_config.overlap_param_gather:
+        config.param_sync_func = state.model.start_param_sync
+    data = batches(
+        dataset,
+        MicroBatches(
+            first=state.iteration * budget.global_batch,
+            last=budget.steps * budget.global_batch,
+            micro_batch=budget.micro_batch,
+            data_rank=parallel_state.get_data_parallel_rank(),
+            data_size=parallel_state.get_data_parallel_world_size(),
+        ),
+        workers=workers,
+        device=device,
+    )
+    if held_out and state.iteration == 0:
+        _measure(state, held_out, budget, device, metrics)
+    state.model.train()
+    # Collections at random moments make ranks wait for one another; a fixed rhythm does not.
+    gc.collect()
+    gc.disable()
+    saved = state.iteration
+    try:
+        while state.iteration < budget.steps:
+            began = time.perf_counter()
+            rate = float(state.optimizer.param_groups[0]["lr"])
+            loss, grad_norm, stopping = _step(state, data, budget, device, stop)
+            state.iteration += 1
+            seconds = time.perf_counter() - began
+            _record(state, budget, metrics, loss, rate, grad_norm, seconds, device)
+            saver.poll()
+            if held_out and held_out.every_steps and state.iteration % held_out.every_steps == 0:
+                _measure(state, held_out, budget, device, metrics)
+            if state.iteration % save_every == 0 or state.iteration == budget.steps or stopping:
+                blocked = time.perf_counter()
+                saver.save(state)
+                saved = state.iteration
+                metrics.write(
+                    saved, {"save_blocked_seconds": round(time.perf_counter() - blocked, 3)}
+                )
+            if state.iteration % 50 == 0:
+                gc.collect()
+            if stopping:
+                break
+    finally:
+        gc.enable()
+    saver.close()
+    assert saved == state.iteration
+    if state.iteration < budget.steps:
+        return Outcome(state.iteration, stop.reason or "another rank")
+    if held_out and not (held_out.every_steps and budget.steps % held_out.every_steps == 0):
+        _measure(state, held_out, budget, device, metrics)
+    return Outcome(state.iteration, None)
+
+
+def _step(
+    state: TrainingState,
+    data: Iterator[Batch],
+    budget: Budget,
+    device: torch.device,
+    stop: StopRequest,
+) -> tuple[float, float, bool]:
+    """One optimizer step: mean loss in nats a token, gradient norm, whether any rank must stop."""
+    state.model.zero_grad_buffer()
+    state.optimizer.zero_grad()
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=data,
+        model=[state.model],
+        num_microbatches=budget.accumulation,
+        seq_length=budget.sequence_length,
+        micro_batch_size=budget.micro_batch,
+        forward_only=False,
+    )
+    loss, stopping = _mean_loss(reports, device, stop.reason is not None)
+    if not math.isfinite(loss):
+        # Every rank has the same loss here, so every rank stops, and before the update.
+        raise WorkError(
+            f"step {state.iteration + 1}",
+            f"the loss is {loss}",
+            "the last checkpoint is from before; lower optimizer.lr or look at the data",
+        )
+    _, grad_norm, _ = state.optimizer.step()
+    state.schedule.step(increment=budget.global_batch)
+    return loss, float(grad_norm or 0.0), stopping
+
+
+def _mean_loss(
+    reports: list[torch.Tensor], device: torch.device, stopping: bool
+) -> tuple[float, bool]:
+    """The loss over the global batch, and whether any rank was asked to stop, in one reduction."""
+    total = torch.zeros(3, dtype=torch.float64, device=device)
+    # The last pipeline stage has the losses; its tensor-parallel ranks have them alike.
+    if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
+        total[:2] = torch.stack(reports).sum(0).double()
+    total[2] = float(stopping)
+    dist.all_reduce(total)
+    loss_sum, tokens, stops = total.tolist()
+    return loss_sum / tokens, stops > 0
+
+
+def evaluate(
+    model: DistributedDataParallel, held_out: HeldOut, budget: Budget, device: torch.device
+) -> float:
+    """Mean loss in nats a token over the first held-out sequences, the same in every layout."""
+    ranks = parallel_state.get_data_parallel_world_size()
+    data = batches(
+        held_out.dataset,
+        MicroBatches(
+            first=0,
+            last=held_out.sequences,
+            micro_batch=budget.micro_batch,
+            data_rank=parallel_state.get_data_parallel_rank(),
+            data_size=ranks,
+        ),
+        workers=0,
+        device=device,
+    )
+    model.eval()
+    with torch.no_grad():
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=data,
+            model=[model],
+            num_microbatches=held_out.sequences // (budget.micro_batch * ranks),
+            seq_length=budget.sequence_length,
+            micro_batch_size=budget.micro_batch,
+            forward_only=True,
+        )
+    model.train()
+    loss, _ = _mean_loss(reports, device, False)
+    return loss
+
+
+def _measure(
+    state: TrainingState, held_out: HeldOut, budget: Budget, device: torch.device, metrics: Metrics
+) -> None:
+    loss = evaluate(state.model, held_out, budget, device)
+    metrics.write(state.iteration, {"held_out_loss": loss})
+    if dist.get_rank() == 0:
+        logger.info("step %d: held-out loss %.4f", state.iteration, loss)
+
+
+def _record(
+    state: TrainingState,
+    budget: Budget,
+    metrics: Metrics,
+    loss: float,
+    rate: float,
+    grad_norm: float,
+    seconds: float,
+    device: torch.device,
+) -> None:
+    if dist.get_rank() != 0:
+        return
+    tokens = budget.global_batch * budget.sequence_length
+    values: dict[str, Any] = {
+        "loss": loss,
+        "lr": rate,
+        "grad_norm": grad_norm,
+        "tokens": state.iteration * tokens,
+        "seconds": round(seconds, 4),
+        "tokens_per_second": round(tokens / seconds, 1),
+    }
+    if device.type == "cuda":
+        per_gpu = tokens / seconds / dist.get_world_size()
+        values |= {
+            "tokens_per_second_per_gpu": round(per_gpu, 1),
+            "tflops_per_gpu": round(per_gpu * budget.flops_per_token / 1e12, 1),
+            "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        }
+    metrics.write(state.iteration, values)
+    logger.info(
+        "step %d/%d  loss %.4f  lr %.3g  grad norm %.3f  %.0f tokens/s",
+        state.iteration, budget.steps, loss, rate, grad_norm, values["tokens_per_second"],
+    )
+

@@ -1,0 +1,155 @@
+"""The model: megatron-core's GPTModel in the shape of a LLaMA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+
+from tanren.config.schema import Layout, Model
+from tanren.engine.loss import hide_padding
+
+FP8_RECIPES = {"tensorwise": "tensorwise", "delayed": "delayed", "blockwise": "blockwise"}
+
+
+def transformer_config(
+    shape: Model, layout: Layout, *, precision: str, fp8: str = "none", load_base: bool = True
+) -> TransformerConfig:
+    """megatron-core's configuration of a LLaMA in this layout.
+
+    Args:
+        precision: `bf16` or `fp32`.
+        fp8: `none`, or the scaling recipe of Transformer Engine.
+        load_base: weights come from a checkpoint, so drawing random ones is left out.
+    """
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    recompute: dict[str, Any] = {}
+    if layout.recompute != "none":
+        recompute["recompute_granularity"] = layout.recompute
+        if layout.recompute == "full":
+            recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    scaling: dict[str, Any] = {}
+    if fp8 != "none":
+        scaling |= {"fp8": "hybrid", "fp8_recipe": FP8_RECIPES[fp8]}
+        if fp8 == "delayed":
+            scaling |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.attention_heads,
+        num_query_groups=shape.kv_groups,
+        kv_channels=shape.head_width,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=shape.init_std,
+        perform_initialization=not load_base,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision == "bf16",
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence_parallel,
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        apply_rope_fusion=on_gpu,
+        cross_entropy_loss_fusion=on_gpu,
+        cross_entropy_fusion_impl="te" if on_gpu else "native",
+        attention_softmax_in_fp32=True,
+        deallocate_pipeline_outputs=True,
+        **recompute,
+        **scaling,
+    )
+
+
+class Llama(GPTModel):
+    """GPTModel whose loss does not see the rows that only pad the vocabulary."""
+
+    def __init__(self, shape: Model, config: TransformerConfig) -> None:
+        spec = (
+            get_gpt_layer_with_transformer_engine_spec()
+            if torch.cuda.is_available()
+            else get_gpt_layer_local_spec(normalization="RMSNorm")
+        )
+        super().__init__(
+            config=config,
+            transformer_layer_spec=spec,
+            vocab_size=shape.padded_vocabulary,
+            max_sequence_length=shape.max_positions,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            parallel_output=True,
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=shape.rotary_base,  # type: ignore[arg-type]
+        )
+        self.shape = shape
+        scaling = shape.rope_scaling
+        if scaling is not None:
+            # megatron-core passes on the factor alone; the other three are the recipe's as well.
+            rotary = self.rotary_pos_emb
+            rotary.inv_freq = rotary._apply_scaling(
+                rotary.inv_freq,
+                factor=scaling.factor,
+                low_freq_factor=scaling.low_frequency_factor,
+                high_freq_factor=scaling.high_frequency_factor,
+                original_max_position_embeddings=scaling.original_max_positions,
+            )
+
+    def compute_language_model_loss(
+        self, labels: torch.Tensor, logits: torch.Tensor
+    ) -> torch.Tensor:
+        """Cross-entropy of each token, [batch, sequence], over the real vocabulary.
+
+        Args:
+            labels: [batch, sequence].
+            logits: [sequence, batch, padded vocabulary / tensor parallel].
+        """
+        hide_padding(logits, self.shape.vocabulary_size, parallel_state.get_tensor_model_parallel_rank())
+        return super().compute_language_model_loss(labels, logits)
+
+
+def build(shape: Model, config: TransformerConfig) -> Llama:
+    """This rank's part of the model, on its device."""
+    model = Llama(shape, config)
+    return model.cuda()
+
+
+def wrap_for_training(model: Llama) -> DistributedDataParallel:
+    """Gradient buffers and reduction over the data-parallel ranks, sharded for the optimizer."""
+    config = model.config
+    on_gpu = torch.cuda.is_available()
+    data_parallel = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    overlap = on_gpu and data_parallel > 1
+    module = Float16Module(config, model) if config.bf16 else model
+    return DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
+            check_for_nan_in_grad=False,
+        ),
+        module,
+    )

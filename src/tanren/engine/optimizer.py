@@ -1,0 +1,62 @@
+"""Optimizer and learning-rate schedule: megatron-core's, from a recipe's fields."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from tanren.config.schema import Optimizer, Schedule
+
+
+def build_optimizer(
+    settings: Optimizer, model: DistributedDataParallel, *, precision: str
+) -> MegatronOptimizer:
+    """AdamW with its state sharded over the data-parallel ranks.
+
+    Norm weights are not decayed (megatron-core's rule: no decay for one-dimensional parameters).
+    """
+    bf16 = precision == "bf16"
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.epsilon,
+        clip_grad=settings.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=True,
+        overlap_param_gather=model.ddp_config.overlap_param_gather,
+    )
+    return get_megatron_optimizer(
+        config, [model], use_gloo_process_groups=torch.cuda.is_available()
+    )
+
+
+def build_schedule(
+    settings: Schedule, optimizer_settings: Optimizer, optimizer: MegatronOptimizer,
+    *, steps: int, global_batch: int,
+) -> OptimizerParamScheduler:
+    """The learning rate over the run, counted in samples as Megatron-LM counts it."""
+    decay = settings.decay_steps
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optimizer_settings.lr,
+        min_lr=optimizer_settings.min_lr,
+        lr_warmup_steps=settings.warmup_steps * global_batch,
+        lr_decay_steps=steps * global_batch,
+        lr_decay_style=settings.style,
+        start_wd=optimizer_settings.weight_decay,
+        end_wd=optimizer_settings.weight_decay,
+        wd_incr_steps=steps * global_batch,
+        wd_incr_style="constant",
+        wsd_decay_steps=decay * global_batch if decay else None,
+        lr_wsd_decay_style=settings.decay_style,
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

@@ -1,0 +1,166 @@
+"""Runs a job on this machine: the script, the process, its signals, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from tanren.config.errors import EXIT_STOPPED, TanrenError, WorkError
+from tanren import runs
+from tanren.config.load import repository
+from tanren.plan.paths import RunFolder
+from tanren.plan.plan import Launch
+
+POLL_SECONDS = 0.2
+
+
+def script(folder: RunFolder, launch: Launch, attempt: int, cores: int) -> str:
+    """The job script of one attempt."""
+    stage = ["-m", "tanren.stages", str(folder.plan), str(attempt)]
+    words = [sys.executable]
+    if launch.torchrun:
+        words += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                  str(launch.processes)]  # fmt: skip
+    words += stage
+    threads = max(1, cores // launch.processes)
+    environment = {
+        "PYTHONPATH": os.pathsep.join(
+            [str(repository() / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
+        "PYTHONNOUSERSITE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "true",
+    }
+    if launch.device == "cuda":
+        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    lines = [
+        "#!/usr/bin/env bash",
+        f"# Attempt {attempt} of {folder.root}, written by tanren. Nothing here is to be edited.",
+        "set -euo pipefail",
+        *(f"export {key}={shlex.quote(value)}" for key, value in environment.items()),
+        f"exec {shlex.join(words)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def run(
+    folder: RunFolder, attempt: int, lock: int, watch: Callable[[], None]
+) -> TanrenError | None:
+    """Run the job script to its end; Ctrl-C and SIGTERM are passed on as a request to save.
+
+    Args:
+        lock: the run folder's lock, inherited by the job so that it lasts as long as the job.
+        watch: called a few times a second while the job runs.
+    Returns:
+        None when the stage is done; otherwise why not. A stop that can be resumed has the exit
+        code 75.
+    """
+    log = folder.log(attempt)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    for mark in (folder.failed, folder.stopped):
+        mark.unlink(missing_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            ["bash", str(folder.job)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # A terminal's Ctrl-C reaches this process alone, which lets the workers save;
+            # torchrun would give them 30 seconds.
+            start_new_session=True,
+            pass_fds=(lock,),
+            preexec_fn=_die_with_parent,
+        )
+        with _signals_to(process):
+            while process.poll() is None:
+                watch()
+                time.sleep(POLL_SECONDS)
+            watch()
+    return _ending(folder, attempt, process.returncode)
+
+
+def _ending(folder: RunFolder, attempt: int, code: int) -> TanrenError | None:
+    if folder.done.exists():
+        return None
+    failure = runs.failure_of(folder)
+    if failure is not None:
+        return failure
+    stopped = runs.read_json(folder.stopped)
+    if stopped:
+        error = WorkError(
+            folder.root, f"stopped by {stopped['reason']} after step {stopped['step']}, saved",
+            "the same command goes on from there",
+        )
+        error.exit_code = EXIT_STOPPED
+        return error
+    log = folder.log(attempt)
+    lines = log.read_text(errors="replace").splitlines()[-8:] if log.exists() else []
+    kept = runs.iterations(folder)
+    again = f"it goes on from iteration {kept[-1]}" if kept and kept[-1] else "it starts anew"
+    tail = "".join(f"\n    | {line}" for line in lines)
+    return WorkError(
+        log, f"the job ended with code {code} and left no word",
+        f"run the same command again ({again}). The log ends with:{tail}",
+    )
+
+
+class _signals_to:  # noqa: N801  (reads as a verb in a with statement)
+    """Passes Ctrl-C and SIGTERM on to the workers; a second Ctrl-C ends them at once."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process, self.asked = process, False
+
+    def __enter__(self) -> None:
+        self.before = {
+            number: signal.signal(number, self._pass_on)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            return
+        if not self.asked:
+            print("\nstopping: the step is finished and saved (Ctrl-C again ends at once)",
+                  file=sys.stderr, flush=True)  # fmt: skip
+        self.asked = True
+        for worker in _workers(self.process.pid):
+            with contextlib.suppress(psutil.Error):
+                worker.send_signal(signal.SIGTERM)
+
+
+def _workers(job: int) -> list[psutil.Process]:
+    """The processes of the stage: torchrun's children, or the plain process itself.
+
+    The script ends in `exec`, so the job's process is torchrun or the stage.
+    """
+    try:
+        root = psutil.Process(job)
+        if "torch.distributed.run" in root.cmdline():
+            return root.children()
+        return [root]
+    except psutil.Error:
+        return []
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to end the job with SIGTERM when this command is killed."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -1,0 +1,28 @@
+"""What this machine has, read without torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tanren.plan.plan import Machine
+
+
+def this_machine() -> Machine:
+    """GPUs that a process here may use, cores, and whether the CPU multiplies bf16 matrices."""
+    return Machine(gpus=_gpus(), fast_bf16=_fast_bf16(), cores=len(os.sched_getaffinity(0)))
+
+
+def _gpus() -> int:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+def _fast_bf16() -> bool:
+    # AVX-512 BF16 alone was measured slower than fp32 for training; matrix tiles are what helps.
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False

@@ -1,0 +1,186 @@
+"""From a request to a finished, or submitted, run: reads what is there, plans, starts."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import orjson
+
+from tanren import provenance, runs
+from tanren.config.errors import RequestError, TanrenError
+from tanren.config.load import read_model, read_recipe, read_user, repository
+from tanren.config.schema import Convert, Midtrain
+from tanren.launch import local
+from tanren.launch.machine import this_machine
+from tanren.plan.paths import RunFolder
+from tanren.plan.plan import (
+    ExportPlan,
+    Plan,
+    Product,
+    Request,
+    differences,
+    digest,
+    make_plan,
+    read_plan,
+    reference,
+    references,
+    stage_of,
+)
+
+
+@dataclass(frozen=True)
+class Order:
+    """A command line, taken apart but not yet read."""
+
+    recipe_file: Path
+    variant: str | None = None
+    name: str | None = None
+    assignments: tuple[str, ...] = ()
+
+    def command(self, verb: str) -> str:
+        """This order as a command that can be pasted."""
+        words = ["bin/tanren", verb, shown(self.recipe_file)]
+        words += ["--variant", self.variant] if self.variant else []
+        words += ["--name", self.name] if self.name else []
+        for assignment in self.assignments:
+            words += ["--set", assignment]
+        return shlex.join(words)
+
+
+def shown(path: Path | str) -> str:
+    """A path as a person would type it: relative where it is below the current folder."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def runs_root() -> Path:
+    """Where run folders go: $RUNS, else user.toml's runs, else runs/ in the repository."""
+    stated = os.environ.get("RUNS") or read_user().runs
+    return Path(stated).expanduser().resolve() if stated else repository() / "runs"
+
+
+def read_request(order: Order) -> Request:
+    """Read every file that an order names, and what its inputs look like on disk."""
+    path = order.recipe_file.resolve()
+    stage, recipe = read_recipe(path, order.variant, list(order.assignments))
+    model = read_model(recipe.model) if isinstance(recipe, Convert | Midtrain) else None
+    request = Request(
+        task=path.parent.name,
+        stage=stage,
+        recipe=recipe,
+        recipe_file=path,
+        runs=runs_root(),
+        machine=this_machine(),
+        variant=order.variant,
+        name=order.name,
+        model=model,
+    )
+    products = {}
+    for wanted in references(recipe):
+        name = reference(wanted, order.variant, order.name)
+        products[name] = read_product(RunFolder(request.runs / request.task / name))
+    return replace(request, products=products)
+
+
+def read_product(folder: RunFolder) -> Product:
+    """What another stage's run folder holds."""
+    started = runs.read_json(folder.plan)
+    return Product(
+        stage=stage_of(folder.root.name),
+        folder=folder,
+        result=runs.result_of(folder),
+        started=digest(started["settings"]) if started else None,
+        iterations=tuple(i for i in runs.iterations(folder) if i > 0),
+    )
+
+
+def missing(order: Order, request: Request) -> list[Order]:
+    """The orders of the stages that this one stands on and that are not there."""
+    found = []
+    for wanted in references(request.recipe):
+        name = reference(wanted, order.variant, order.name)
+        product = request.products[name]
+        if product.result is None and not (request.stage == "export" and product.iterations):
+            found.append(_order_of(order, name, product.stage))
+    return found
+
+
+def _order_of(order: Order, folder_name: str, stage: str) -> Order:
+    rest = folder_name.removeprefix(stage)
+    variant, _, name = rest.removeprefix(".").partition("-") if rest else ("", "", "")
+    return Order(
+        order.recipe_file.with_name(f"{stage}.yaml"),
+        variant if rest.startswith(".") else None,
+        (name if rest.startswith(".") else rest.removeprefix("-")) or None,
+    )
+
+
+def refuse_missing(order: Order, request: Request) -> None:
+    """Name the command that makes what is missing."""
+    for needed in missing(order, request):
+        stage = needed.recipe_file.stem
+        raise RequestError(
+            request.folder.root, f"stands on {stage}, which has not been made",
+            f"{needed.command(stage)}   (or add --needs, as make does)",
+        )
+
+
+@dataclass(frozen=True)
+class Start:
+    """What starting a plan means, given what its run folder holds."""
+
+    plan: Plan
+    done: bool
+    iteration: int | None
+
+
+def look(plan: Plan) -> Start:
+    """Compare a plan with its run folder: new, to go on, or done.
+
+    Raises:
+        RequestError: the folder belongs to other settings, or its newest checkpoint is broken.
+    """
+    folder = plan.folder
+    if folder.plan.exists():
+        before = read_plan(folder.plan)
+        changed = differences(before.settings, plan.settings)
+        begun = folder.done.exists() or bool(runs.iterations(folder))
+        # A finished export of an earlier checkpoint is no obstacle to the next one.
+        if changed and begun and not isinstance(plan, ExportPlan):
+            state = "was made" if folder.done.exists() else "was begun"
+            raise RequestError(
+                folder.root, f"{state} with other settings: {'; '.join(changed[:6])}",
+                f"give the new run a name (NAME=... or --name), or rm -r {folder.root}",
+            )
+        if folder.done.exists() and not changed:
+            return Start(plan, True, None)
+    return Start(plan, False, runs.latest_checkpoint(folder))
+
+
+def start(plan: Plan, cores: int, watch: Callable[[RunFolder, int], Callable[[], None]]) -> TanrenError | None:
+    """Run a plan on this machine and wait for its end.
+
+    Args:
+        watch: given the folder and the attempt, gives what is called while the job runs.
+    """
+    folder = plan.folder
+    folder.root.mkdir(parents=True, exist_ok=True)
+    with runs.locked(folder.lock) as lock:
+        folder.done.unlink(missing_ok=True)
+        value = orjson.loads(plan.model_dump_json())
+        runs.write_json(folder.plan, value)
+        attempt = provenance.open_attempt(folder, repository(), value)
+        runs.write_atomic(folder.job, local.script(folder, plan.launch, attempt, cores).encode())
+        folder.job.chmod(0o755)
+        ending = local.run(folder, attempt, lock, watch(folder, attempt))
+        stopped = ending is not None and folder.stopped.exists()
+        words = "done" if ending is None else "stopped" if stopped else ending.problem
+        provenance.close_attempt(folder, attempt, words)
+    return ending
+

@@ -1,0 +1,114 @@
+"""Every name inside a run folder. Nothing else spells them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+# The stages whose product depends on the variant and the name that a person gives a run. The
+# others prepare what several runs share.
+TRAINING_STAGES = ("midtrain",)
+
+
+def run_name(stage: str, variant: str | None, name: str | None) -> str:
+    """`midtrain`, `midtrain.100B`, `midtrain.100B-try2`."""
+    return stage + (f".{variant}" if variant else "") + (f"-{name}" if name else "")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder `$RUNS/TASK/STAGE[.VARIANT][-NAME]/` of one run."""
+
+    root: Path
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def passport(self) -> Path:
+        return self.root / "passport.json"
+
+    @property
+    def job(self) -> Path:
+        return self.root / "job.sh"
+
+    def log(self, attempt: int) -> Path:
+        return self.root / "log" / f"{attempt}.log"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def latest(self) -> Path:
+        """Megatron's tracker: the number of the newest whole checkpoint."""
+        return self.checkpoints / "latest_checkpointed_iteration.txt"
+
+    def checkpoint(self, iteration: int) -> Path:
+        return self.checkpoints / f"iter_{iteration:07d}"
+
+    @property
+    def hf(self) -> Path:
+        return self.root / "hf"
+
+    def export(self, iteration: int) -> Path:
+        return self.hf / f"iter_{iteration:07d}"
+
+    @property
+    def hf_base(self) -> Path:
+        """A base model that the recipe itself made."""
+        return self.hf / "base"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / "tokenizer"
+
+    @property
+    def tokens(self) -> Path:
+        return self.root / "tokens"
+
+    def tokens_of(self, source: str) -> Path:
+        """The prefix of a source's .bin and .idx."""
+        return self.tokens / source
+
+    @property
+    def index_cache(self) -> Path:
+        """Where megatron-core keeps the sample order of a blend."""
+        return self.root / "cache"
+
+    @property
+    def done(self) -> Path:
+        return self.root / "DONE"
+
+    @property
+    def failed(self) -> Path:
+        return self.root / "FAILED"
+
+    @property
+    def stopped(self) -> Path:
+        return self.root / "STOPPED"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / ".lock"
+
+
+# What a whole checkpoint holds beside megatron-core's own files: the size of each file.
+CHECKPOINT_FILES = "files.json"
+# A checkpoint being written; it gets its final name when it is whole.
+PARTIAL = ".partial"
+
+
+def iteration_of(folder: Path) -> int | None:
+    """The iteration that a checkpoint folder's name states; None for other names."""
+    digits = folder.name.removeprefix("iter_")
+    return int(digits) if folder.name.startswith("iter_") and digits.isdigit() else None

@@ -1,0 +1,452 @@
+"""The plan: recipe + site + what is there → one frozen value, computed without torch, clock, disk.
+
+Only plan.json crosses into the container, so a plan holds everything that a stage needs to know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import orjson
+from pydantic import Field, TypeAdapter, ValidationError
+
+from tanren.config.errors import RequestError
+from tanren.config.schema import (
+    STAGES,
+    Convert,
+    Export,
+    Midtrain,
+    Model,
+    Preprocess,
+    Recipe,
+    Strict,
+)
+from tanren.plan.batch import (
+    Batch,
+    SourceCount,
+    SourceShare,
+    data_parallel_size,
+    make_batch,
+    make_mix,
+)
+from tanren.plan.paths import TRAINING_STAGES, RunFolder, run_name
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the machine that runs the stage has."""
+
+    gpus: int = 0
+    fast_bf16: bool = False
+    cores: int = 1
+
+    @property
+    def device(self) -> Literal["cuda", "cpu"]:
+        return "cuda" if self.gpus else "cpu"
+
+
+@dataclass(frozen=True)
+class Product:
+    """The outcome of another stage as its run folder shows it.
+
+    `result` is what the stage wrote into DONE, None while there is none. `started` is the digest
+    of the settings that the run was started with, `iterations` its whole checkpoints.
+    """
+
+    stage: str
+    folder: RunFolder
+    result: Mapping[str, Any] | None = None
+    started: str | None = None
+    iterations: tuple[int, ...] = ()
+
+    @property
+    def identity(self) -> str | None:
+        """A digest of the settings and the content that the product was made from."""
+        return str(self.result["identity"]) if self.result else None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asked for, with every file read."""
+
+    task: str
+    stage: str
+    recipe: Recipe
+    recipe_file: Path
+    runs: Path
+    machine: Machine
+    variant: str | None = None
+    name: str | None = None
+    model: Model | None = None
+    products: Mapping[str, Product] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.runs / self.task / run_name(self.stage, self.variant, self.name))
+
+
+class Launch(Strict):
+    """Processes of the stage. `torchrun` false: one plain process."""
+
+    torchrun: bool
+    processes: int
+    device: Literal["cuda", "cpu"]
+
+
+class PlanBase(Strict):
+    """What the plans of all stages share."""
+
+    format: Literal[1] = 1
+    task: str
+    variant: str | None
+    name: str | None
+    recipe_file: str
+    run: str
+    launch: Launch
+    # What the result depends on. A run goes on, or counts as done, only under equal settings.
+    settings: dict[str, Any]
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(Path(self.run))
+
+    @property
+    def identity(self) -> str:
+        """A digest of the settings."""
+        return digest(self.settings)
+
+
+class PreprocessPlan(PlanBase):
+    stage: Literal["preprocess"] = "preprocess"
+    recipe: Preprocess
+
+
+class ConvertPlan(PlanBase):
+    stage: Literal["convert"] = "convert"
+    recipe: Convert
+    model: Model
+    tokenizer: str | None
+
+
+class MidtrainPlan(PlanBase):
+    stage: Literal["midtrain"] = "midtrain"
+    recipe: Midtrain
+    model: Model
+    precision: Literal["bf16", "fp32"]
+    batch: Batch
+    # None while the preprocess stage has not run: the tokens are not known before.
+    sources: tuple[SourceShare, ...] | None
+    # The folder of the preprocessed data, and its tokenizer's facts.
+    data: str
+    # `scratch`, `hf:PATH` or `checkpoint:PATH`: a stage is already turned into its checkpoint.
+    start: str
+    # The Hugging Face folder that tokenizer and generation config are exported from.
+    hf_source: str | None
+
+
+class ExportPlan(PlanBase):
+    stage: Literal["export"] = "export"
+    recipe: Export
+    # The run folder that is exported from, and which of its checkpoints; None while it has none.
+    source: str
+    iteration: int | None
+
+
+Plan = Annotated[
+    PreprocessPlan | ConvertPlan | MidtrainPlan | ExportPlan, Field(discriminator="stage")
+]
+_PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
+
+
+def digest(value: Any) -> str:
+    """A short SHA-256 of any JSON value, independent of the order of keys."""
+    return hashlib.sha256(orjson.dumps(value, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan.json."""
+    try:
+        return _PLAN.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise RequestError(path, "there is no such plan") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field_name = ".".join(str(part) for part in first["loc"])
+        raise RequestError(
+            path, f"was written by another version of tanren ({field_name}: {first['msg']})",
+            "run the stage under a new NAME=, or check out the commit that its passport names",
+        ) from None
+
+
+def reference(stage_reference: str, variant: str | None, name: str | None) -> str:
+    """The run folder's name that `stage:X` means inside a run of this variant and name.
+
+    Training stages follow the run's variant and name, so that an export of NAME=a never takes the
+    weights of another run. Preparing stages are shared. A full name (`stage:midtrain-a`) is taken
+    as it is.
+    """
+    stage = stage_reference.removeprefix("stage:")
+    return run_name(stage, variant, name) if stage in TRAINING_STAGES else stage
+
+
+def references(recipe: Recipe) -> tuple[str, ...]:
+    """Every `stage:X` that a recipe stands on, in the order in which to make them."""
+    if isinstance(recipe, Convert):
+        found = [recipe.tokenizer]
+    elif isinstance(recipe, Midtrain):
+        found = [recipe.data, recipe.init]
+    elif isinstance(recipe, Export):
+        found = [recipe.of]
+    else:
+        found = []
+    return tuple(r for r in found if r is not None and r.startswith("stage:"))
+
+
+def stage_of(folder_name: str) -> str:
+    """The stage of a run folder's name (`midtrain.100B-try2` → `midtrain`)."""
+    for stage in STAGES:
+        if folder_name == stage or folder_name.startswith((stage + ".", stage + "-")):
+            return stage
+    raise RequestError(
+        f"stage:{folder_name}", "names no stage", f"the stages are {', '.join(STAGES)}"
+    )
+
+
+def make_plan(request: Request) -> Plan:
+    """Plan a stage.
+
+    Raises:
+        RequestError: the recipe does not fit the machine, its data or its base.
+    """
+    recipe = request.recipe
+    if isinstance(recipe, Preprocess):
+        return PreprocessPlan(
+            **_common(request, _settings(recipe), Launch(torchrun=False, processes=1, device="cpu")),
+            recipe=recipe,
+        )
+    if isinstance(recipe, Convert):
+        return _convert_plan(request, recipe)
+    if isinstance(recipe, Midtrain):
+        return _midtrain_plan(request, recipe)
+    return _export_plan(request, recipe)
+
+
+def _common(request: Request, settings: dict[str, Any], launch: Launch) -> dict[str, Any]:
+    return {
+        "task": request.task,
+        "variant": request.variant,
+        "name": request.name,
+        "recipe_file": str(request.recipe_file),
+        "run": str(request.folder.root),
+        "launch": launch,
+        "settings": settings,
+    }
+
+
+def _settings(recipe: Strict, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    dumped: dict[str, Any] = orjson.loads(recipe.model_dump_json())
+    return {key: value for key, value in dumped.items() if key not in without}
+
+
+def _product(request: Request, stage_reference: str) -> Product:
+    return request.products[reference(stage_reference, request.variant, request.name)]
+
+
+def _convert_plan(request: Request, recipe: Convert) -> ConvertPlan:
+    assert request.model is not None
+    settings = _settings(recipe) | {"shape": _settings(request.model)}
+    tokenizer = None
+    if recipe.tokenizer is not None:
+        product = _product(request, recipe.tokenizer)
+        tokenizer = str(product.folder.tokenizer)
+        settings["inputs"] = {"tokenizer": product.identity}
+        if product.result:
+            check_vocabulary(
+                request.recipe_file, request.model, product.result["vocabulary_size"], tokenizer
+            )
+    return ConvertPlan(
+        **_common(request, settings, Launch(torchrun=False, processes=1, device="cpu")),
+        recipe=recipe,
+        model=request.model,
+        tokenizer=tokenizer,
+    )
+
+
+def check_vocabulary(
+    recipe_file: object, model: Model, tokenizer_size: int, tokenizer: object
+) -> None:
+    """Refuse a tokenizer that has ids beyond the model's embedding rows."""
+    if tokenizer_size > model.vocabulary_size:
+        raise RequestError(
+            recipe_file,
+            f"the model has {model.vocabulary_size} embedding rows and the tokenizer {tokenizer} "
+            f"has {tokenizer_size} pieces",
+            "use the tokenizer that the model was trained with, or a model shape that fits",
+        )
+
+
+def _midtrain_plan(request: Request, recipe: Midtrain) -> MidtrainPlan:
+    model, place = request.model, str(request.recipe_file)
+    assert model is not None
+    _check_layout(recipe, model, request.machine, place)
+    data_parallel = data_parallel_size(recipe.layout, request.machine.gpus, place)
+    batch = make_batch(recipe, data_parallel, place)
+    _check_schedule(recipe, batch.steps, place)
+    if recipe.sequence_length > model.max_positions:
+        raise RequestError(
+            f"{place}: sequence_length",
+            f"{recipe.sequence_length} is over the model's max_positions {model.max_positions}",
+        )
+
+    data = _product(request, recipe.data)
+    sources = None
+    if data.result:
+        check_vocabulary(place, model, data.result["vocabulary_size"], data.folder.tokenizer)
+        counts = tuple(
+            SourceCount(s["name"], str(data.folder.tokens_of(s["name"])), s["tokens"])
+            for s in data.result["sources"]
+        )
+        sources = make_mix(counts, recipe.mix, recipe.split, batch.tokens, place)
+
+    inputs: dict[str, Any] = {"data": data.identity}
+    start, hf_source = recipe.init, None
+    if recipe.init.startswith("stage:"):
+        base = _product(request, recipe.init)
+        inputs["init"] = base.identity
+        if base.result:
+            _check_shape(place, model, base)
+            iteration = int(base.result["iteration"])
+            start = f"checkpoint:{base.folder.checkpoint(iteration)}"
+            hf_source = base.result["hf"]
+    elif recipe.init.startswith("hf:"):
+        hf_source = recipe.init.removeprefix("hf:")
+
+    precision = recipe.precision
+    if precision == "auto":
+        precision = "bf16" if request.machine.gpus or request.machine.fast_bf16 else "fp32"
+    # A run may change how it lies over the processes and what it keeps; the rest makes the result.
+    settings = _settings(
+        recipe, without=("layout", "micro_batch", "checkpoints", "evaluation", "steps", "tokens")
+    ) | {
+        "shape": _settings(model), "steps": batch.steps, "precision": precision, "inputs": inputs,
+    }
+    processes = data_parallel * recipe.layout.model_parallel
+    launch = Launch(torchrun=True, processes=processes, device=request.machine.device)
+    return MidtrainPlan(
+        **_common(request, settings, launch),
+        recipe=recipe,
+        model=model,
+        precision=precision,
+        batch=batch,
+        sources=sources,
+        data=str(data.folder.root),
+        start=start,
+        hf_source=hf_source,
+    )
+
+
+def _check_shape(place: str, model: Model, base: Product) -> None:
+    """Refuse a base of another shape, naming each field with both values."""
+    assert base.result is not None
+    there = base.result["model"]
+    here = _settings(model)
+    differing = [
+        f"{key} {there.get(key)} there, {here[key]} here"
+        for key in here
+        if key != "init_std" and there.get(key) != here[key]
+    ]
+    if differing:
+        raise RequestError(
+            f"{place}: init",
+            f"the base {base.folder.root} has another shape: {'; '.join(differing)}",
+            "make the recipe's model the base's, or convert another base",
+        )
+
+
+def _check_layout(recipe: Midtrain, model: Model, machine: Machine, place: str) -> None:
+    layout = recipe.layout
+    problems = [
+        (model.attention_heads % layout.tensor, "attention_heads", model.attention_heads,
+         "tensor", layout.tensor),
+        (model.kv_groups % layout.tensor, "kv_groups", model.kv_groups, "tensor", layout.tensor),
+        (model.ffn_hidden_size % layout.tensor, "ffn_hidden_size", model.ffn_hidden_size,
+         "tensor", layout.tensor),
+        (model.padded_vocabulary % layout.tensor, "padded vocabulary", model.padded_vocabulary,
+         "tensor", layout.tensor),
+        (model.layers % layout.pipeline, "layers", model.layers, "pipeline", layout.pipeline),
+        (recipe.sequence_length % (2 * layout.context) if layout.context > 1 else 0,
+         "sequence_length", recipe.sequence_length, "2 x context", 2 * layout.context),
+        (recipe.sequence_length % layout.tensor if layout.sequence_parallel else 0,
+         "sequence_length", recipe.sequence_length, "tensor", layout.tensor),
+    ]  # fmt: skip
+    for remainder, what, value, divisor_name, divisor in problems:
+        if remainder:
+            raise RequestError(
+                f"{place}: layout", f"{what} {value} is not a multiple of {divisor_name} {divisor}"
+            )
+    if machine.device == "cpu":
+        if recipe.fp8 != "none":
+            raise RequestError(
+                f"{place}: fp8", f"{recipe.fp8} needs a GPU, and this machine has none",
+                "--set fp8=none",
+            )
+        if layout.context > 1:
+            raise RequestError(
+                f"{place}: layout.context",
+                f"{layout.context} needs Transformer Engine on GPUs, and this machine has none",
+                "--set layout.context=1",
+            )
+    if recipe.fp8 != "none" and recipe.precision == "fp32":
+        raise RequestError(f"{place}: fp8", f"{recipe.fp8} goes with precision bf16, not fp32")
+
+
+def _check_schedule(recipe: Midtrain, steps: int, place: str) -> None:
+    schedule = recipe.schedule
+    if schedule.warmup_steps >= steps:
+        raise RequestError(
+            f"{place}: schedule.warmup_steps",
+            f"{schedule.warmup_steps} are not fewer than the run's {steps} steps",
+        )
+    if schedule.decay_steps and schedule.decay_steps + schedule.warmup_steps > steps:
+        raise RequestError(
+            f"{place}: schedule.decay_steps",
+            f"{schedule.decay_steps} and {schedule.warmup_steps} of warm-up are more than the "
+            f"run's {steps} steps",
+        )
+
+
+def _export_plan(request: Request, recipe: Export) -> ExportPlan:
+    source = _product(request, recipe.of)
+    iteration = recipe.iteration
+    if iteration == "latest":
+        iteration = max(source.iterations, default=None)  # type: ignore[type-var,assignment]
+    elif source.iterations and iteration not in source.iterations:
+        there = ", ".join(str(i) for i in source.iterations)
+        raise RequestError(
+            f"{request.recipe_file}: iteration",
+            f"{source.folder.root} has no checkpoint {iteration}",
+            f"it has {there}",
+        )
+    settings = _settings(recipe) | {"iteration": iteration, "inputs": {"of": source.started}}
+    return ExportPlan(
+        **_common(request, settings, Launch(torchrun=False, processes=1, device="cpu")),
+        recipe=recipe,
+        source=str(source.folder.root),
+        iteration=iteration,
+    )
+
+
+def differences(there: Any, here: Any, prefix: str = "") -> list[str]:
+    """Each field in which two settings differ, as `field A there, B here`."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        found = []
+        for key in [*there, *(key for key in here if key not in there)]:
+            found += differences(
+                there.get(key), here.get(key), f"{prefix}.{key}" if prefix else str(key)
+            )
+        return found
+    return [] if there == here else [f"{prefix} {there} there, {here} here"]

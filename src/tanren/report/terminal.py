@@ -1,0 +1,233 @@
+"""What a person sees while a stage runs and when it has ended. Plain lines where no terminal is."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import orjson
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from tanren import runs
+from tanren.launch.submit import shown
+from tanren.plan.batch import Batch
+from tanren.plan.paths import RunFolder
+from tanren.plan.plan import ConvertPlan, ExportPlan, MidtrainPlan, Plan
+
+PLAIN_SECONDS = 10.0
+
+
+class Tail:
+    """New whole lines of a growing JSON-lines file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offset = path.stat().st_size if path.exists() else 0
+
+    def read(self) -> list[dict[str, float]]:
+        """Lines that were completed since the last call."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            block = file.read()
+        end = block.rfind(b"\n") + 1
+        self.offset += end
+        values = []
+        for line in block[:end].splitlines():
+            try:
+                values.append(orjson.loads(line))
+            except orjson.JSONDecodeError:
+                continue
+        return values
+
+
+def clock(seconds: float) -> str:
+    """`0:42`, `12:05`, `3:10:00`."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Watcher:
+    """Follows one attempt of a stage: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, plan: Plan, folder: RunFolder, attempt: int, console: Console) -> None:
+        self.plan, self.console = plan, console
+        self.tail = Tail(folder.metrics)
+        self.total = plan.batch.steps if isinstance(plan, MidtrainPlan) else None
+        self.step, self.text, self.last_plain = 0, "", time.monotonic()
+        self.step_seconds: list[float] = []
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+        console.print(f"[bold]{plan.stage}[/] → {shown(folder.root)}   log {folder.log(attempt).name}")
+        if console.is_terminal:
+            self.bar = Progress(
+                SpinnerColumn(),
+                BarColumn(bar_width=24),
+                TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+                console=console,
+                transient=True,
+            )
+            self.task = self.bar.add_task("starting", total=self.total)
+            self.bar.start()
+
+    def __call__(self) -> None:
+        for line in self.tail.read():
+            self._take(line)
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=self.step, description=self.text or "starting")
+        elif self.text and time.monotonic() - self.last_plain > PLAIN_SECONDS:
+            self.last_plain = time.monotonic()
+            self.console.print(f"  {self.text}", highlight=False)
+
+    def close(self) -> None:
+        """Take the bar away; what stays is printed by the summary."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    def _take(self, line: dict[str, float]) -> None:
+        if "loss" in line and self.total:
+            self.step = int(line["step"])
+            self.step_seconds = [*self.step_seconds[-49:], line["seconds"]]
+            left = (self.total - self.step) * sum(self.step_seconds) / len(self.step_seconds)
+            self.text = (
+                f"step {self.step}/{self.total}  loss {line['loss']:.3f}  "
+                f"{line['tokens_per_second']:,.0f} tokens/s  {clock(left)} left"
+            )
+        elif "doing" in line:
+            self.text = f"{line['doing']} ({line['done']}/{line['total']})"
+
+
+def console() -> Console:
+    """The console of a command: colours and bars on a terminal, plain text in a pipe."""
+    return Console(soft_wrap=True, highlight=False)
+
+
+def watching(plan: Plan, screen: Console) -> tuple[
+    Callable[[RunFolder, int], Callable[[], None]], Callable[[], None]
+]:
+    """A watcher to hand to the launcher, and what closes it."""
+    open_watchers: list[Watcher] = []
+
+    def watch(folder: RunFolder, attempt: int) -> Callable[[], None]:
+        open_watchers.append(Watcher(plan, folder, attempt, screen))
+        return open_watchers[-1]
+
+    def close() -> None:
+        for watcher in open_watchers:
+            watcher.close()
+
+    return watch, close
+
+
+def summary(plan: Plan, screen: Console) -> None:
+    """What a finished stage made, from its run folder."""
+    result = runs.result_of(plan.folder)
+    assert result is not None, plan.run
+    if plan.stage == "preprocess":
+        sources = ", ".join(f"{s['name']} {s['tokens']:,}" for s in result["sources"])
+        screen.print(f"  {result['tokens']:,} tokens ({sources}), {result['vocabulary_size']:,} pieces")
+    elif isinstance(plan, ConvertPlan):
+        screen.print(f"  {plan.model.parameters / 1e6:,.1f} M parameters from {shown(result['hf'])}")
+    elif isinstance(plan, MidtrainPlan):
+        _training_summary(plan, result, screen)
+    elif isinstance(plan, ExportPlan):
+        screen.print(f"  model      [bold]{shown(result['hf'])}[/]")
+        if result["sample"]:
+            text = " ".join(result["sample"].split())
+            screen.print("  sample     ", end="")
+            screen.print(text, markup=False)
+
+
+def _training_summary(plan: MidtrainPlan, result: dict[str, object], screen: Console) -> None:
+    first, last = result["loss"]  # type: ignore[misc]
+    rates = runs.curve(plan.folder.metrics, "tokens_per_second")
+    # Steady state: the first steps warm up.
+    steady = sorted(rates[step] for step in list(rates)[min(5, len(rates) - 1) :])
+    screen.print(f"  loss       {first:.3f} → [bold]{last:.3f}[/]   ({plan.batch.steps} steps, "
+                 f"{plan.batch.tokens:,} tokens)")  # fmt: skip
+    if result["held_out_loss"]:
+        before, after = result["held_out_loss"]  # type: ignore[misc]
+        screen.print(f"  held out   {before:.3f} → [bold]{after:.3f}[/]")
+    if steady:
+        screen.print(f"  speed      {steady[len(steady) // 2]:,.0f} tokens/s (median step)")
+    screen.print(f"  checkpoint {shown(plan.folder.checkpoint(int(result['iteration'])))}")  # type: ignore[call-overload]
+
+
+def print_plan(plan: Plan, state: str, script: str, screen: Console) -> None:
+    """The plan as a person reads it."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("run folder", shown(plan.run))
+    table.add_row("state", state)
+    table.add_row("recipe", shown(plan.recipe_file) + (f" variant {plan.variant}" if plan.variant else ""))
+    if isinstance(plan, MidtrainPlan):
+        _midtrain_rows(plan, plan.batch, table)
+    elif isinstance(plan, ConvertPlan):
+        table.add_row("base", plan.recipe.source)
+        table.add_row("parameters", f"{plan.model.parameters:,}")
+    elif isinstance(plan, ExportPlan):
+        table.add_row("checkpoint", f"{shown(plan.source)}, iteration {plan.iteration}")
+    else:
+        for source in plan.recipe.sources:
+            table.add_row(f"source {source.name}", source.path or f"Python's {source.python_documentation}")
+    launch = plan.launch
+    table.add_row("processes", f"{launch.processes} on this machine ({launch.device})")
+    screen.print(table)
+    screen.print("job script", style="bold")
+    screen.print(script.rstrip(), markup=False, style="dim")
+
+
+def _midtrain_rows(plan: MidtrainPlan, batch: Batch, table: Table) -> None:
+    recipe, layout = plan.recipe, plan.recipe.layout
+    table.add_row("starts from", plan.start)
+    table.add_row("model", f"{recipe.model}: {plan.model.parameters:,} parameters, {plan.precision}"
+                  + (f", fp8 {recipe.fp8}" if recipe.fp8 != "none" else ""))  # fmt: skip
+    table.add_row("steps", f"{batch.steps:,} x {batch.tokens_per_step:,} tokens = {batch.tokens:,} tokens")
+    table.add_row(
+        "batch",
+        f"{recipe.global_batch} = data parallel {batch.data_parallel} x micro batch "
+        f"{batch.micro_batch} x accumulation {batch.accumulation}",
+    )
+    table.add_row(
+        "layout",
+        f"tensor {layout.tensor}, pipeline {layout.pipeline}, context {layout.context}, "
+        f"data {batch.data_parallel}, recompute {layout.recompute}",
+    )
+    schedule = recipe.schedule
+    decay = f", {schedule.decay_style} over the last {schedule.decay_steps}" if schedule.decay_steps else ""
+    table.add_row(
+        "learning rate",
+        f"{recipe.optimizer.lr:g} → {recipe.optimizer.min_lr:g}, {schedule.style}{decay}, "
+        f"warm-up {schedule.warmup_steps}",
+    )
+    operations = plan.model.flops_per_token(recipe.sequence_length) * batch.tokens
+    table.add_row("work", f"{operations:.3g} FLOP (causal half of attention counted once)")
+    if plan.sources is None:
+        table.add_row("sources", "tokens and epochs are known once preprocess has run")
+    for source in plan.sources or ():
+        table.add_row(
+            f"source {source.name}",
+            f"{source.tokens:,} tokens x ratio {source.ratio:g}: {source.weight:.1%} of the mix, "
+            f"{source.epochs:.2f} epochs",
+        )
+
+
+def print_error(text: str) -> None:
+    """An error, to stderr, never a traceback."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(
+        f"tanren: {text}", markup=False, style="red" if sys.stderr.isatty() else None
+    )

@@ -1,0 +1,216 @@
+"""What a run folder says: done, failed, stopped, which checkpoints are whole, who works on it.
+
+Used by the command and by the stages alike; standard library and orjson only.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from tanren.config.errors import RequestError, TanrenError, error_from_dict
+from tanren.plan.paths import CHECKPOINT_FILES, PARTIAL, RunFolder, iteration_of
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new, never half."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
+    option = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
+    write_atomic(path, orjson.dumps(value, option=option))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; None where there is none."""
+    try:
+        return orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except orjson.JSONDecodeError as error:
+        raise RequestError(
+            path, f"is not JSON: {error}", "it was changed by hand or the disk was full: remove it"
+        ) from None
+
+
+def mark_done(folder: RunFolder, result: dict[str, Any]) -> None:
+    """Close a run: what it made, for people and for the stages that stand on it."""
+    folder.failed.unlink(missing_ok=True)
+    folder.stopped.unlink(missing_ok=True)
+    write_json(folder.done, result)
+
+
+def mark_failed(folder: RunFolder, error: TanrenError) -> None:
+    """Leave the reason of a failure where the command that waits for it looks."""
+    write_json(folder.failed, error.as_dict())
+
+
+def mark_stopped(folder: RunFolder, reason: str, step: int) -> None:
+    """Note that the run stopped early, saved, and can go on."""
+    write_json(folder.stopped, {"reason": reason, "step": step})
+
+
+def result_of(folder: RunFolder) -> dict[str, Any] | None:
+    """What a finished run made; None while it is not finished."""
+    value = read_json(folder.done)
+    assert value is None or isinstance(value, dict), folder.done
+    return value
+
+
+def failure_of(folder: RunFolder) -> TanrenError | None:
+    """Why the last attempt failed; None when it did not."""
+    value = read_json(folder.failed)
+    return error_from_dict(value) if value else None
+
+
+def write_file_list(checkpoint: Path) -> None:
+    """Write down every file of a finished checkpoint with its size."""
+    sizes = {
+        str(path.relative_to(checkpoint)): path.stat().st_size
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path.name != CHECKPOINT_FILES
+    }
+    write_json(checkpoint / CHECKPOINT_FILES, sizes)
+
+
+def checkpoint_problem(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint folder; None when every file has its whole size.
+
+    Checkpoints of others carry no list of files: for those the two files that megatron-core
+    itself cannot do without are looked for.
+    """
+    listed = checkpoint / CHECKPOINT_FILES
+    if not listed.exists():
+        if checkpoint.name.startswith("iter_") and (checkpoint / "metadata.json").exists():
+            return None if (checkpoint / ".metadata").exists() else "the file .metadata is missing"
+        return f"the file {CHECKPOINT_FILES} is missing"
+    for name, size in read_json(listed).items():
+        file = checkpoint / name
+        if not file.exists():
+            return f"the file {name} is missing"
+        if file.stat().st_size != size:
+            return f"the file {name} has {file.stat().st_size} bytes of {size}"
+    return None
+
+
+def iterations(folder: RunFolder) -> tuple[int, ...]:
+    """The checkpoints under their final names, oldest first. Half-written ones have another."""
+    if not folder.checkpoints.is_dir():
+        return ()
+    found = (iteration_of(path) for path in folder.checkpoints.iterdir())
+    return tuple(sorted(number for number in found if number is not None))
+
+
+def check_checkpoint(folder: RunFolder, iteration: int) -> Path:
+    """The folder of a checkpoint, after making sure that it is whole.
+
+    Raises:
+        RequestError: it is not; the message names the file and what to do.
+    """
+    checkpoint = folder.checkpoint(iteration)
+    if not checkpoint.is_dir():
+        there = ", ".join(str(i) for i in iterations(folder)) or "none"
+        raise RequestError(checkpoint, "there is no such checkpoint", f"there are: {there}")
+    problem = checkpoint_problem(checkpoint)
+    if problem:
+        whole = [
+            i for i in iterations(folder)
+            if i != iteration and checkpoint_problem(folder.checkpoint(i)) is None
+        ]  # fmt: skip
+        rest = (
+            f"the run then goes on from iteration {whole[-1]}, which is whole"
+            if whole
+            else "no other checkpoint is there: the stage starts anew"
+        )
+        raise RequestError(checkpoint, problem, f"rm -r {checkpoint}   ({rest})")
+    return checkpoint
+
+
+def latest_checkpoint(folder: RunFolder) -> int | None:
+    """The newest checkpoint, made sure to be whole; None where there is none."""
+    found = iterations(folder)
+    if not found:
+        return None
+    check_checkpoint(folder, found[-1])
+    return found[-1]
+
+
+def append_line(path: Path, value: dict[str, Any]) -> None:
+    """Append one JSON line in one write, after closing a line that a crash left open."""
+    line = orjson.dumps(value) + b"\n"
+    with path.open("ab+") as file:
+        if file.tell() and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
+            line = b"\n" + line
+        file.write(line)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every whole JSON line of a file; torn ones (a crash in mid-write) are left out."""
+    if not path.exists():
+        return []
+    values = []
+    for line in path.read_bytes().splitlines():
+        try:
+            value = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            continue
+        if isinstance(value, dict):
+            values.append(value)
+    return values
+
+
+def curve(path: Path, key: str) -> dict[int, float]:
+    """A metric by step. Steps that were run again after a resume count once, the last time."""
+    return {line["step"]: line[key] for line in read_lines(path) if "step" in line and key in line}
+
+
+@contextmanager
+def locked(path: Path, *, wait_seconds: float = 0.0) -> Iterator[int]:
+    """Hold an exclusive lock on a file, shared with the processes that inherit it.
+
+    Yields:
+        the lock's file descriptor, to be passed on to child processes.
+    Raises:
+        RequestError: another process holds it; the message says which.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    # A file system without locks (some Lustre mounts): go on without.
+                    break
+                if time.monotonic() < deadline:
+                    time.sleep(0.2)
+                    continue
+                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+                raise RequestError(
+                    path.parent, f"is being worked on by {holder or 'another process'}",
+                    "wait for it, or end it first",
+                ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)

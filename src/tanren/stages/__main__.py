@@ -1,0 +1,87 @@
+"""`python -m tanren.stages RUN/plan.json ATTEMPT`: runs one stage in this process.
+
+torchrun starts one of these a GPU. The outcome is left in the run folder (DONE, FAILED or
+STOPPED), where the command that waits finds it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from tanren import runs
+from tanren.config.errors import TanrenError, WorkError
+from tanren.plan.paths import RunFolder
+from tanren.plan.plan import read_plan
+
+
+def main(arguments: list[str]) -> int:
+    plan_file, attempt = Path(arguments[0]), int(arguments[1])
+    rank = int(os.environ.get("RANK", "0"))
+    _end_with_the_launcher()
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format="%(asctime)s %(levelname).1s " + (f"[rank {rank}] " if rank else "") + "%(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    folder = RunFolder(plan_file.parent)
+    try:
+        plan = read_plan(plan_file)
+        stage = importlib.import_module(f"tanren.stages.{plan.stage}")
+        if rank == 0:
+            with runs.locked(folder.root / ".worker", wait_seconds=60):
+                stage.run(plan, attempt)
+        else:
+            stage.run(plan, attempt)
+    except TanrenError as error:
+        traceback.print_exc()
+        _leave(folder, error)
+        return error.exit_code
+    except Exception as error:  # nothing may end without a word in the run folder
+        traceback.print_exc()
+        _leave(folder, _unforeseen(folder, error, attempt))
+        return 1
+    return 0
+
+
+def _leave(folder: RunFolder, error: TanrenError) -> None:
+    """Write FAILED; the first rank to fail has the reason, the others fail because of it."""
+    if not folder.failed.exists():
+        try:
+            runs.mark_failed(folder, error)
+        except OSError:
+            traceback.print_exc()
+
+
+def _unforeseen(folder: RunFolder, error: Exception, attempt: int) -> TanrenError:
+    if isinstance(error, OSError) and error.errno:
+        return WorkError(
+            error.filename or folder.root, error.strerror or str(error),
+            "mend that and run the same command again",
+        )
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+    return WorkError(
+        folder.root, f"{type(error).__name__}: {first_line}",
+        f"the whole trace is in {folder.log(attempt)}",
+    )
+
+
+def _end_with_the_launcher() -> None:
+    """Ask the kernel for SIGTERM when the parent dies, so that no training is left behind."""
+    import ctypes
+    import signal
+
+    pr_set_pdeathsig = 1
+    try:
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    except (OSError, AttributeError):
+        logging.getLogger("tanren").debug("no prctl on this system")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,71 @@
+"""A Hugging Face base to a megatron-core checkpoint, on a CPU, without building the model."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from tanren import runs
+from tanren.config.errors import RequestError
+from tanren.convert import hf, llama, mcore
+from tanren.data import tokenizer as tokenizers
+from tanren.plan.plan import ConvertPlan, check_vocabulary, digest
+
+logger = logging.getLogger("tanren")
+
+
+def run(plan: ConvertPlan, attempt: int) -> None:
+    """Make `checkpoints/iter_0000000`, and before it the base itself where the recipe draws it."""
+    folder, model = plan.folder, plan.model
+    if plan.recipe.source == "random":
+        assert plan.tokenizer is not None
+        base = folder.hf_base
+        size = tokenizers.read(Path(plan.tokenizer)).size
+        check_vocabulary(plan.recipe_file, model, size, plan.tokenizer)
+        logger.info("drawing a base of %.1f M parameters", model.parameters / 1e6)
+        hf.write_random(base, model, Path(plan.tokenizer), plan.recipe.seed)
+    else:
+        base = hf.locate(plan.recipe.source.removeprefix("hf:"))
+    check_tokenizers(base, plan.tokenizer, plan.recipe_file)
+    logger.info("converting %s", base)
+    convert_base(base, model, folder.checkpoint(0), plan.recipe_file)
+    runs.write_atomic(folder.latest, b"0")
+    runs.mark_done(
+        folder,
+        {
+            "identity": digest([plan.settings, runs.read_json(folder.checkpoint(0) / "files.json")]),
+            "iteration": 0,
+            "hf": str(base),
+            "model": model.model_dump(mode="json"),
+        },
+    )
+
+
+def convert_base(base: Path, model: llama.Model, checkpoint: Path, recipe_file: str) -> None:
+    """Check a Hugging Face folder against the recipe's shape and write it as a checkpoint."""
+    config = base / "config.json"
+    there = llama.model_of(hf.read_config(base), config)
+    llama.check_same_shape(model, there, f"{recipe_file}: model", base)
+    with hf.reader(base) as read:
+        surplus = sorted(set(read.files) - set(llama.hf_names(model)) - {"lm_head.weight"})
+        surplus = [name for name in surplus if not name.endswith("rotary_emb.inv_freq")]
+        if surplus:
+            raise RequestError(
+                base, f"holds tensors that a LLaMA of this shape has not: {', '.join(surplus[:5])}",
+                "is it another architecture, or more layers than its config.json states?",
+            )
+        mcore.write_base(model, read, checkpoint)
+
+
+def check_tokenizers(base: Path, tokenizer: str | None, recipe_file: str) -> None:
+    """Refuse data whose tokenizer is not the base's."""
+    if tokenizer is None or not (base / "tokenizer.json").exists():
+        return
+    there, here = tokenizers.read(base), tokenizers.read(Path(tokenizer))
+    if there.backend.get_vocab() != here.backend.get_vocab():
+        raise RequestError(
+            f"{recipe_file}: tokenizer",
+            f"{tokenizer} ({here.size} pieces) is not the tokenizer of the base {base} "
+            f"({there.size} pieces)",
+            "preprocess the data with the base's tokenizer",
+        )
