@@ -60,9 +60,7 @@ _stage_verb("export", "A checkpoint to a Hugging Face folder.")
 
 
 @app.command(epilog="Example: bin/tanren plan recipes/tiny/midtrain.yaml --set steps=10")
-def plan(
-    recipe: RecipeFile, variant: Variant = None, name: Name = None, set_: Sets = None
-) -> None:
+def plan(recipe: RecipeFile, variant: Variant = None, name: Name = None, set_: Sets = None) -> None:
     """Print what a stage would do, and change nothing."""
     from tanren.launch import local, submit
     from tanren.plan.plan import make_plan
@@ -72,7 +70,13 @@ def plan(
     request = submit.read_request(order)
     planned = make_plan(request)
     start = submit.look(planned)
-    state = "done" if start.done else f"goes on from iteration {start.iteration}" if start.iteration else "new"
+    state = (
+        "done"
+        if start.done
+        else f"goes on from iteration {start.iteration}"
+        if start.iteration
+        else "new"
+    )
     waiting = [needed.recipe_file.stem for needed in submit.missing(order, request)]
     if waiting:
         state += f"; {', '.join(waiting)} must be made first (make does it, or --needs)"

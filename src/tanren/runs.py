@@ -206,7 +206,8 @@ def locked(path: Path, *, wait_seconds: float = 0.0) -> Iterator[int]:
                     continue
                 holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
                 raise RequestError(
-                    path.parent, f"is being worked on by {holder or 'another process'}",
+                    path.parent,
+                    f"is being worked on by {holder or 'another process'}",
                     "wait for it, or end it first",
                 ) from None
         os.ftruncate(descriptor, 0)

@@ -107,7 +107,7 @@ def _build(
             for index, child in enumerate(node.value)
         ]
     value = loader.construct_object(node)
-    if node.tag == "tag:yaml.org,2002:int" and ":" in node.value and node.style is None:
+    if isinstance(value, int) and isinstance(node.value, str) and ":" in node.value:
         field = ".".join(str(part) for part in location)
         raise RequestError(
             f"{place}: {field}",
@@ -124,7 +124,8 @@ def parse_set(assignments: list[str]) -> list[tuple[tuple[str, ...], Any]]:
         key, equals, text = assignment.partition("=")
         if not equals or not all(key.split(".")):
             raise RequestError(
-                f"--set {assignment}", "is not of the form field.subfield=value",
+                f"--set {assignment}",
+                "is not of the form field.subfield=value",
                 "for example --set optimizer.lr=1.0e-4",
             )
         try:

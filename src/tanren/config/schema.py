@@ -183,9 +183,7 @@ class Convert(Strict):
     """
 
     model: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-    source: Annotated[
-        str, BeforeValidator(_one_key_mapping), Field(pattern=r"^(random|hf:\S.*)$")
-    ]
+    source: Annotated[str, BeforeValidator(_one_key_mapping), Field(pattern=r"^(random|hf:\S.*)$")]
     tokenizer: StageReference | None = None
     seed: NonNegative = 1234
 

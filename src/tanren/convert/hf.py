@@ -49,7 +49,8 @@ def locate(source: str) -> Path:
     except Exception as error:  # the hub's client raises many kinds for one thing
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RequestError(
-            f"hf:{source}", f"is no folder here, and the hub does not give it: {reason}",
+            f"hf:{source}",
+            f"is no folder here, and the hub does not give it: {reason}",
             "name a folder that holds the model, or check the name, the network and HF_TOKEN",
         ) from None
 
@@ -78,7 +79,8 @@ class Reader:
         path = self.files.get(name)
         if path is None:
             raise RequestError(
-                self.folder, f"holds no tensor {name}",
+                self.folder,
+                f"holds no tensor {name}",
                 "the config.json and the tensors of the model do not belong together",
             )
         return self._handle(path).get_tensor(name)  # type: ignore[no-any-return]
@@ -112,7 +114,8 @@ def reader(folder: Path) -> Iterator[Reader]:
             yield result
         else:
             raise RequestError(
-                folder, f"holds neither {_SINGLE} nor {_INDEX}",
+                folder,
+                f"holds neither {_SINGLE} nor {_INDEX}",
                 "only safetensors are read; save the model with safe_serialization=True",
             )
 

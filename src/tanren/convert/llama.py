@@ -58,7 +58,7 @@ def _split_qkv(model: Model, tensor: torch.Tensor) -> list[torch.Tensor]:
     groups, width = model.kv_groups, model.head_width
     queries = model.attention_heads // groups
     by_group = tensor.reshape(groups, queries + 2, width, tensor.shape[-1])
-    parts = by_group.split([queries, 1, 1], dim=1)
+    parts = torch.split(by_group, [queries, 1, 1], dim=1)
     return [part.reshape(-1, tensor.shape[-1]) for part in parts]
 
 
@@ -92,7 +92,7 @@ def table(model: Model) -> list[Entry]:
         Entry(mcore + "self_attention.linear_qkv.layer_norm_weight",
               (hf + "input_layernorm.weight",), (h,), _same, _same_split),
         Entry(mcore + "self_attention.linear_qkv.weight",
-              tuple(attention + name for name in ("q_proj.weight", "k_proj.weight", "v_proj.weight")),
+              tuple(f"{attention}{name}_proj.weight" for name in "qkv"),
               ((heads + 2 * groups) * width, h), _join_qkv, _split_qkv),
         Entry(mcore + "self_attention.linear_proj.weight", (attention + "o_proj.weight",),
               (h, heads * width), _same, _same_split),

@@ -75,7 +75,7 @@ def build(
         blend=([source.prefix for source in sources], [source.weight for source in sources]),
         split=split,
         path_to_cache=str(cache),
-        tokenizer=tokenizer,  # type: ignore[arg-type]
+        tokenizer=tokenizer,
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,

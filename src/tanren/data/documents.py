@@ -41,7 +41,8 @@ def _topics() -> Iterator[str]:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
         raise RequestError(
-            "pydoc_data.topics", "this Python comes without its documentation",
+            "pydoc_data.topics",
+            "this Python comes without its documentation",
             "install the whole standard library (Debian: libpython3-stdlib), or use another source",
         ) from None
     for name in sorted(topics):
@@ -71,9 +72,7 @@ def _docstrings() -> Iterator[str]:
         found = True
         yield "\n\n".join(parts)
     if not found:
-        raise RequestError(
-            root, "holds no sources of the standard library", "use another source"
-        )
+        raise RequestError(root, "holds no sources of the standard library", "use another source")
 
 
 def _json_lines(source: Source, folder: Path) -> Iterator[str]:
@@ -99,7 +98,8 @@ def _text_of(line: bytes, key: str, place: str) -> str:
     if not isinstance(value, dict) or not isinstance(value.get(key), str):
         keys = ", ".join(value) if isinstance(value, dict) else type(value).__name__
         raise RequestError(
-            place, f"has no text under {key!r}; it has {keys}",
+            place,
+            f"has no text under {key!r}; it has {keys}",
             "state the source's text_key, or mend the line",
         )
     text: str = value[key]

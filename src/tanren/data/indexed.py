@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from tanren.plan.paths import PARTIAL
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<QBQQ")
-_TYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+_TYPES: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 
 
 def bin_path(prefix: Path) -> Path:
@@ -31,7 +32,7 @@ def idx_path(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".idx")
 
 
-def token_type(vocabulary_size: int) -> np.dtype:  # type: ignore[type-arg]
+def token_type(vocabulary_size: int) -> np.dtype[Any]:
     """Megatron's rule: two bytes a token under 65,500 pieces, else four."""
     return _TYPES[8] if vocabulary_size < 65500 else _TYPES[4]
 

@@ -63,7 +63,8 @@ def read(folder: Path) -> Tokenizer:
         raise RequestError(path, f"is not a tokenizer: {error}") from None
     config = _special_tokens(folder)
     eos = config.get("eos_token")
-    if eos is None or backend.token_to_id(eos) is None:
+    eod = backend.token_to_id(eos) if eos is not None else None
+    if eod is None:
         raise RequestError(
             folder / "tokenizer_config.json",
             f"the end-of-sequence token {eos!r} is not in the vocabulary",
@@ -75,7 +76,7 @@ def read(folder: Path) -> Tokenizer:
         folder=folder,
         size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         bos=backend.token_to_id(bos) if bos else None,
-        eod=backend.token_to_id(eos),
+        eod=eod,
     )
 
 

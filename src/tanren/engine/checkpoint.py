@@ -31,6 +31,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import unwrap_model
 
 from tanren import runs
 from tanren.config.errors import RequestError, WorkError
@@ -96,7 +97,7 @@ def _random_state() -> ShardedObject:
 def _training_state(
     state: TrainingState, sharding: dict[str, Any], *, loading: bool, with_random: bool
 ) -> dict[str, Any]:
-    model = state.model.sharded_state_dict(metadata=sharding)
+    model = unwrap_model(state.model).sharded_state_dict(metadata=sharding)
     result: dict[str, Any] = {
         "model": model,
         "optimizer": state.optimizer.sharded_state_dict(
@@ -272,7 +273,7 @@ def load_base(model: DistributedDataParallel, checkpoint: Path, recipe_file: str
     Raises:
         RequestError: a tensor is missing or has another shape; each is named with both shapes.
     """
-    wanted = {"model": model.sharded_state_dict()}
+    wanted = {"model": unwrap_model(model).sharded_state_dict()}
     _check_shapes(wanted, checkpoint, recipe_file)
     loaded = _load(wanted, checkpoint)
     _load_model(model, loaded["model"])
@@ -290,7 +291,7 @@ def load(state: TrainingState, checkpoint: Path) -> None:
         now = ", ".join(f"{k} {here[k]}" for k in model_parallel)
         raise RequestError(
             checkpoint,
-            f"was saved with checkpoints.reshard: data under {was}; it cannot be loaded under {now}",
+            f"was saved with checkpoints.reshard: data under {was}, and this is {now}",
             "resume in the layout it was saved in",
         )
     wanted = _training_state(state, sharding, loading=True, with_random=not moved)
@@ -317,7 +318,7 @@ def _load(wanted: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
 
 
 def _load_model(model: DistributedDataParallel, weights: dict[str, Any]) -> None:
-    problems = model.load_state_dict(weights, strict=False)
+    problems = unwrap_model(model).load_state_dict(weights, strict=False)
     wrong = [
         key
         for key in [*problems.missing_keys, *problems.unexpected_keys]

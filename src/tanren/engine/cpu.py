@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.optim.adamw import adamw
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -59,7 +60,9 @@ class FusedAdam(torch.optim.Optimizer):
         adam_w_mode: bool = True,
     ) -> None:
         assert adam_w_mode, "only decoupled weight decay is used"
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -75,7 +78,7 @@ class FusedAdam(torch.optim.Optimizer):
             if not params:
                 continue
             beta1, beta2 = group["betas"]
-            torch.optim.adamw.adamw(
+            adamw(
                 params,
                 [p.grad for p in params],
                 [self.state[p]["exp_avg"] for p in params],
@@ -136,4 +139,4 @@ def install() -> None:
     patched_distributed.USING_APEX_OPTIMIZER = True
 
     _mode = _CudaMeansCpu()
-    _mode.__enter__()
+    _mode.__enter__()  # type: ignore[no-untyped-call]

@@ -19,7 +19,9 @@ logger = logging.getLogger("tanren")
 class Metrics:
     """Writes the metrics of one attempt. Only the first rank has one that writes."""
 
-    def __init__(self, path: Path, tensorboard: Path | None, *, attempt: int, enabled: bool) -> None:
+    def __init__(
+        self, path: Path, tensorboard: Path | None, *, attempt: int, enabled: bool
+    ) -> None:
         self.path, self.attempt, self.enabled = path, attempt, enabled
         self._board = _tensorboard(tensorboard) if enabled and tensorboard else None
 
@@ -32,7 +34,8 @@ class Metrics:
             runs.append_line(self.path, line)
         except OSError as error:
             raise WorkError(
-                self.path, f"cannot be written: {error.strerror}",
+                self.path,
+                f"cannot be written: {error.strerror}",
                 "make room and run the same command again: it goes on from the last checkpoint",
             ) from error
         if self._board is not None:

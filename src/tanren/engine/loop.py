@@ -278,6 +278,10 @@ def _record(
     metrics.write(state.iteration, values)
     logger.info(
         "step %d/%d  loss %.4f  lr %.3g  grad norm %.3f  %.0f tokens/s",
-        state.iteration, budget.steps, loss, rate, grad_norm, values["tokens_per_second"],
+        state.iteration,
+        budget.steps,
+        loss,
+        rate,
+        grad_norm,
+        values["tokens_per_second"],
     )
-

@@ -101,7 +101,7 @@ class Llama(GPTModel):
             parallel_output=True,
             share_embeddings_and_output_weights=shape.tied_embeddings,
             position_embedding_type="rope",
-            rotary_base=shape.rotary_base,  # type: ignore[arg-type]
+            rotary_base=shape.rotary_base,
         )
         self.shape = shape
         scaling = shape.rope_scaling
@@ -125,7 +125,9 @@ class Llama(GPTModel):
             labels: [batch, sequence].
             logits: [sequence, batch, padded vocabulary / tensor parallel].
         """
-        hide_padding(logits, self.shape.vocabulary_size, parallel_state.get_tensor_model_parallel_rank())
+        hide_padding(
+            logits, self.shape.vocabulary_size, parallel_state.get_tensor_model_parallel_rank()
+        )
         return super().compute_language_model_loss(labels, logits)
 
 

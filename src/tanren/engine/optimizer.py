@@ -38,8 +38,12 @@ def build_optimizer(
 
 
 def build_schedule(
-    settings: Schedule, optimizer_settings: Optimizer, optimizer: MegatronOptimizer,
-    *, steps: int, global_batch: int,
+    settings: Schedule,
+    optimizer_settings: Optimizer,
+    optimizer: MegatronOptimizer,
+    *,
+    steps: int,
+    global_batch: int,
 ) -> OptimizerParamScheduler:
     """The learning rate over the run, counted in samples as Megatron-LM counts it."""
     decay = settings.decay_steps

@@ -10,13 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 
 import psutil
 
-from tanren.config.errors import EXIT_STOPPED, TanrenError, WorkError
 from tanren import runs
+from tanren.config.errors import EXIT_STOPPED, TanrenError, WorkError
 from tanren.config.load import repository
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import Launch
@@ -80,7 +79,7 @@ def run(
             # torchrun would give them 30 seconds.
             start_new_session=True,
             pass_fds=(lock,),
-            preexec_fn=_die_with_parent,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509  (this process has no other thread)
         )
         with _signals_to(process):
             while process.poll() is None:
@@ -99,7 +98,8 @@ def _ending(folder: RunFolder, attempt: int, code: int) -> TanrenError | None:
     stopped = runs.read_json(folder.stopped)
     if stopped:
         error = WorkError(
-            folder.root, f"stopped by {stopped['reason']} after step {stopped['step']}, saved",
+            folder.root,
+            f"stopped by {stopped['reason']} after step {stopped['step']}, saved",
             "the same command goes on from there",
         )
         error.exit_code = EXIT_STOPPED
@@ -110,7 +110,8 @@ def _ending(folder: RunFolder, attempt: int, code: int) -> TanrenError | None:
     again = f"it goes on from iteration {kept[-1]}" if kept and kept[-1] else "it starts anew"
     tail = "".join(f"\n    | {line}" for line in lines)
     return WorkError(
-        log, f"the job ended with code {code} and left no word",
+        log,
+        f"the job ended with code {code} and left no word",
         f"run the same command again ({again}). The log ends with:{tail}",
     )
 

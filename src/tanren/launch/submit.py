@@ -24,7 +24,6 @@ from tanren.plan.plan import (
     Request,
     differences,
     digest,
-    make_plan,
     read_plan,
     reference,
     references,
@@ -126,7 +125,8 @@ def refuse_missing(order: Order, request: Request) -> None:
     for needed in missing(order, request):
         stage = needed.recipe_file.stem
         raise RequestError(
-            request.folder.root, f"stands on {stage}, which has not been made",
+            request.folder.root,
+            f"stands on {stage}, which has not been made",
             f"{needed.command(stage)}   (or add --needs, as make does)",
         )
 
@@ -155,7 +155,8 @@ def look(plan: Plan) -> Start:
         if changed and begun and not isinstance(plan, ExportPlan):
             state = "was made" if folder.done.exists() else "was begun"
             raise RequestError(
-                folder.root, f"{state} with other settings: {'; '.join(changed[:6])}",
+                folder.root,
+                f"{state} with other settings: {'; '.join(changed[:6])}",
                 f"give the new run a name (NAME=... or --name), or rm -r {folder.root}",
             )
         if folder.done.exists() and not changed:
@@ -163,7 +164,9 @@ def look(plan: Plan) -> Start:
     return Start(plan, False, runs.latest_checkpoint(folder))
 
 
-def start(plan: Plan, cores: int, watch: Callable[[RunFolder, int], Callable[[], None]]) -> TanrenError | None:
+def start(
+    plan: Plan, cores: int, watch: Callable[[RunFolder, int], Callable[[], None]]
+) -> TanrenError | None:
     """Run a plan on this machine and wait for its end.
 
     Args:
@@ -183,4 +186,3 @@ def start(plan: Plan, cores: int, watch: Callable[[RunFolder, int], Callable[[],
         words = "done" if ending is None else "stopped" if stopped else ending.problem
         provenance.close_attempt(folder, attempt, words)
     return ending
-

@@ -97,7 +97,10 @@ def make_batch(recipe: Midtrain, data_parallel: int, place: str) -> Batch:
 
 
 def make_mix(
-    counts: tuple[SourceCount, ...], ratios: dict[str, float] | None, split: str, tokens: int,
+    counts: tuple[SourceCount, ...],
+    ratios: dict[str, float] | None,
+    split: str,
+    tokens: int,
     place: str,
 ) -> tuple[SourceShare, ...]:
     """Weights and epochs of each source.
@@ -110,7 +113,8 @@ def make_mix(
     for name in ratios:
         if name not in names:
             raise RequestError(
-                f"{place}: mix.{name}", "names no source of the data",
+                f"{place}: mix.{name}",
+                "names no source of the data",
                 f"the sources are {', '.join(names)}",
             )
     parts = [float(part) for part in split.split(",")]
@@ -123,8 +127,12 @@ def make_mix(
         epochs = weight * tokens / (count.tokens * training_share)
         shares.append(
             SourceShare(
-                name=count.name, prefix=count.prefix, tokens=count.tokens,
-                ratio=ratio, weight=weight, epochs=epochs,
+                name=count.name,
+                prefix=count.prefix,
+                tokens=count.tokens,
+                ratio=ratio,
+                weight=weight,
+                epochs=epochs,
             )
         )
     return tuple(shares)

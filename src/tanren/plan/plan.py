@@ -177,7 +177,8 @@ def read_plan(path: Path) -> Plan:
         first = error.errors()[0]
         field_name = ".".join(str(part) for part in first["loc"])
         raise RequestError(
-            path, f"was written by another version of tanren ({field_name}: {first['msg']})",
+            path,
+            f"was written by another version of tanren ({field_name}: {first['msg']})",
             "run the stage under a new NAME=, or check out the commit that its passport names",
         ) from None
 
@@ -225,7 +226,9 @@ def make_plan(request: Request) -> Plan:
     recipe = request.recipe
     if isinstance(recipe, Preprocess):
         return PreprocessPlan(
-            **_common(request, _settings(recipe), Launch(torchrun=False, processes=1, device="cpu")),
+            **_common(
+                request, _settings(recipe), Launch(torchrun=False, processes=1, device="cpu")
+            ),
             recipe=recipe,
         )
     if isinstance(recipe, Convert):
@@ -332,7 +335,10 @@ def _midtrain_plan(request: Request, recipe: Midtrain) -> MidtrainPlan:
     settings = _settings(
         recipe, without=("layout", "micro_batch", "checkpoints", "evaluation", "steps", "tokens")
     ) | {
-        "shape": _settings(model), "steps": batch.steps, "precision": precision, "inputs": inputs,
+        "shape": _settings(model),
+        "steps": batch.steps,
+        "precision": precision,
+        "inputs": inputs,
     }
     processes = data_parallel * recipe.layout.model_parallel
     launch = Launch(torchrun=True, processes=processes, device=request.machine.device)
@@ -391,7 +397,8 @@ def _check_layout(recipe: Midtrain, model: Model, machine: Machine, place: str) 
     if machine.device == "cpu":
         if recipe.fp8 != "none":
             raise RequestError(
-                f"{place}: fp8", f"{recipe.fp8} needs a GPU, and this machine has none",
+                f"{place}: fp8",
+                f"{recipe.fp8} needs a GPU, and this machine has none",
                 "--set fp8=none",
             )
         if layout.context > 1:
@@ -421,16 +428,18 @@ def _check_schedule(recipe: Midtrain, steps: int, place: str) -> None:
 
 def _export_plan(request: Request, recipe: Export) -> ExportPlan:
     source = _product(request, recipe.of)
-    iteration = recipe.iteration
-    if iteration == "latest":
-        iteration = max(source.iterations, default=None)  # type: ignore[type-var,assignment]
-    elif source.iterations and iteration not in source.iterations:
-        there = ", ".join(str(i) for i in source.iterations)
-        raise RequestError(
-            f"{request.recipe_file}: iteration",
-            f"{source.folder.root} has no checkpoint {iteration}",
-            f"it has {there}",
-        )
+    iteration: int | None
+    if recipe.iteration == "latest":
+        iteration = source.iterations[-1] if source.iterations else None
+    else:
+        iteration = recipe.iteration
+        if source.iterations and iteration not in source.iterations:
+            there = ", ".join(str(i) for i in source.iterations)
+            raise RequestError(
+                f"{request.recipe_file}: iteration",
+                f"{source.folder.root} has no checkpoint {iteration}",
+                f"it has {there}",
+            )
     settings = _settings(recipe) | {"iteration": iteration, "inputs": {"of": source.started}}
     return ExportPlan(
         **_common(request, settings, Launch(torchrun=False, processes=1, device="cpu")),

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import orjson
 from rich.console import Console
@@ -71,7 +72,9 @@ class Watcher:
         self.step_seconds: list[float] = []
         self.bar: Progress | None = None
         self.task: TaskID | None = None
-        console.print(f"[bold]{plan.stage}[/] → {shown(folder.root)}   log {folder.log(attempt).name}")
+        console.print(
+            f"[bold]{plan.stage}[/] → {shown(folder.root)}   log {folder.log(attempt).name}"
+        )
         if console.is_terminal:
             self.bar = Progress(
                 SpinnerColumn(),
@@ -117,9 +120,9 @@ def console() -> Console:
     return Console(soft_wrap=True, highlight=False)
 
 
-def watching(plan: Plan, screen: Console) -> tuple[
-    Callable[[RunFolder, int], Callable[[], None]], Callable[[], None]
-]:
+def watching(
+    plan: Plan, screen: Console
+) -> tuple[Callable[[RunFolder, int], Callable[[], None]], Callable[[], None]]:
     """A watcher to hand to the launcher, and what closes it."""
     open_watchers: list[Watcher] = []
 
@@ -140,9 +143,13 @@ def summary(plan: Plan, screen: Console) -> None:
     assert result is not None, plan.run
     if plan.stage == "preprocess":
         sources = ", ".join(f"{s['name']} {s['tokens']:,}" for s in result["sources"])
-        screen.print(f"  {result['tokens']:,} tokens ({sources}), {result['vocabulary_size']:,} pieces")
+        screen.print(
+            f"  {result['tokens']:,} tokens ({sources}), {result['vocabulary_size']:,} pieces"
+        )
     elif isinstance(plan, ConvertPlan):
-        screen.print(f"  {plan.model.parameters / 1e6:,.1f} M parameters from {shown(result['hf'])}")
+        screen.print(
+            f"  {plan.model.parameters / 1e6:,.1f} M parameters from {shown(result['hf'])}"
+        )
     elif isinstance(plan, MidtrainPlan):
         _training_summary(plan, result, screen)
     elif isinstance(plan, ExportPlan):
@@ -153,19 +160,19 @@ def summary(plan: Plan, screen: Console) -> None:
             screen.print(text, markup=False)
 
 
-def _training_summary(plan: MidtrainPlan, result: dict[str, object], screen: Console) -> None:
-    first, last = result["loss"]  # type: ignore[misc]
+def _training_summary(plan: MidtrainPlan, result: dict[str, Any], screen: Console) -> None:
+    first, last = result["loss"]
     rates = runs.curve(plan.folder.metrics, "tokens_per_second")
     # Steady state: the first steps warm up.
     steady = sorted(rates[step] for step in list(rates)[min(5, len(rates) - 1) :])
     screen.print(f"  loss       {first:.3f} → [bold]{last:.3f}[/]   ({plan.batch.steps} steps, "
                  f"{plan.batch.tokens:,} tokens)")  # fmt: skip
     if result["held_out_loss"]:
-        before, after = result["held_out_loss"]  # type: ignore[misc]
+        before, after = result["held_out_loss"]
         screen.print(f"  held out   {before:.3f} → [bold]{after:.3f}[/]")
     if steady:
         screen.print(f"  speed      {steady[len(steady) // 2]:,.0f} tokens/s (median step)")
-    screen.print(f"  checkpoint {shown(plan.folder.checkpoint(int(result['iteration'])))}")  # type: ignore[call-overload]
+    screen.print(f"  checkpoint {shown(plan.folder.checkpoint(int(result['iteration'])))}")
 
 
 def print_plan(plan: Plan, state: str, script: str, screen: Console) -> None:
@@ -173,7 +180,9 @@ def print_plan(plan: Plan, state: str, script: str, screen: Console) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("run folder", shown(plan.run))
     table.add_row("state", state)
-    table.add_row("recipe", shown(plan.recipe_file) + (f" variant {plan.variant}" if plan.variant else ""))
+    table.add_row(
+        "recipe", shown(plan.recipe_file) + (f" variant {plan.variant}" if plan.variant else "")
+    )
     if isinstance(plan, MidtrainPlan):
         _midtrain_rows(plan, plan.batch, table)
     elif isinstance(plan, ConvertPlan):
@@ -183,7 +192,9 @@ def print_plan(plan: Plan, state: str, script: str, screen: Console) -> None:
         table.add_row("checkpoint", f"{shown(plan.source)}, iteration {plan.iteration}")
     else:
         for source in plan.recipe.sources:
-            table.add_row(f"source {source.name}", source.path or f"Python's {source.python_documentation}")
+            table.add_row(
+                f"source {source.name}", source.path or f"Python's {source.python_documentation}"
+            )
     launch = plan.launch
     table.add_row("processes", f"{launch.processes} on this machine ({launch.device})")
     screen.print(table)
@@ -196,7 +207,9 @@ def _midtrain_rows(plan: MidtrainPlan, batch: Batch, table: Table) -> None:
     table.add_row("starts from", plan.start)
     table.add_row("model", f"{recipe.model}: {plan.model.parameters:,} parameters, {plan.precision}"
                   + (f", fp8 {recipe.fp8}" if recipe.fp8 != "none" else ""))  # fmt: skip
-    table.add_row("steps", f"{batch.steps:,} x {batch.tokens_per_step:,} tokens = {batch.tokens:,} tokens")
+    table.add_row(
+        "steps", f"{batch.steps:,} x {batch.tokens_per_step:,} tokens = {batch.tokens:,} tokens"
+    )
     table.add_row(
         "batch",
         f"{recipe.global_batch} = data parallel {batch.data_parallel} x micro batch "
@@ -208,7 +221,11 @@ def _midtrain_rows(plan: MidtrainPlan, batch: Batch, table: Table) -> None:
         f"data {batch.data_parallel}, recompute {layout.recompute}",
     )
     schedule = recipe.schedule
-    decay = f", {schedule.decay_style} over the last {schedule.decay_steps}" if schedule.decay_steps else ""
+    decay = (
+        f", {schedule.decay_style} over the last {schedule.decay_steps}"
+        if schedule.decay_steps
+        else ""
+    )
     table.add_row(
         "learning rate",
         f"{recipe.optimizer.lr:g} → {recipe.optimizer.min_lr:g}, {schedule.style}{decay}, "

@@ -61,12 +61,14 @@ def _leave(folder: RunFolder, error: TanrenError) -> None:
 def _unforeseen(folder: RunFolder, error: Exception, attempt: int) -> TanrenError:
     if isinstance(error, OSError) and error.errno:
         return WorkError(
-            error.filename or folder.root, error.strerror or str(error),
+            error.filename or folder.root,
+            error.strerror or str(error),
             "mend that and run the same command again",
         )
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
     return WorkError(
-        folder.root, f"{type(error).__name__}: {first_line}",
+        folder.root,
+        f"{type(error).__name__}: {first_line}",
         f"the whole trace is in {folder.log(attempt)}",
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tanren import runs
 from tanren.config.errors import RequestError
+from tanren.config.schema import Model
 from tanren.convert import hf, llama, mcore
 from tanren.data import tokenizer as tokenizers
 from tanren.plan.plan import ConvertPlan, check_vocabulary, digest
@@ -33,7 +34,9 @@ def run(plan: ConvertPlan, attempt: int) -> None:
     runs.mark_done(
         folder,
         {
-            "identity": digest([plan.settings, runs.read_json(folder.checkpoint(0) / "files.json")]),
+            "identity": digest(
+                [plan.settings, runs.read_json(folder.checkpoint(0) / "files.json")]
+            ),
             "iteration": 0,
             "hf": str(base),
             "model": model.model_dump(mode="json"),
@@ -41,7 +44,7 @@ def run(plan: ConvertPlan, attempt: int) -> None:
     )
 
 
-def convert_base(base: Path, model: llama.Model, checkpoint: Path, recipe_file: str) -> None:
+def convert_base(base: Path, model: Model, checkpoint: Path, recipe_file: str) -> None:
     """Check a Hugging Face folder against the recipe's shape and write it as a checkpoint."""
     config = base / "config.json"
     there = llama.model_of(hf.read_config(base), config)
@@ -51,7 +54,8 @@ def convert_base(base: Path, model: llama.Model, checkpoint: Path, recipe_file: 
         surplus = [name for name in surplus if not name.endswith("rotary_emb.inv_freq")]
         if surplus:
             raise RequestError(
-                base, f"holds tensors that a LLaMA of this shape has not: {', '.join(surplus[:5])}",
+                base,
+                f"holds tensors that a LLaMA of this shape has not: {', '.join(surplus[:5])}",
                 "is it another architecture, or more layers than its config.json states?",
             )
         mcore.write_base(model, read, checkpoint)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from tanren import runs
+from tanren.config.schema import Model
 from tanren.convert import hf, llama, mcore
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import ExportPlan, MidtrainPlan, digest, read_plan
@@ -44,7 +45,7 @@ def run(plan: ExportPlan, attempt: int) -> None:
 
 def export(
     checkpoint: Path,
-    model: llama.Model,
+    model: Model,
     folder: Path,
     *,
     dtype: torch.dtype,

@@ -36,9 +36,7 @@ def run(plan: MidtrainPlan, attempt: int) -> None:
     state = _state(plan)
     _start(plan, state, folder)
 
-    metrics = Metrics(
-        folder.metrics, folder.tensorboard, attempt=attempt, enabled=ranks.is_first
-    )
+    metrics = Metrics(folder.metrics, folder.tensorboard, attempt=attempt, enabled=ranks.is_first)
     settings = plan.recipe.checkpoints
     saver = Saver(folder, keep_last=settings.keep_last, reshard=settings.reshard)
     outcome = loop.train(
@@ -84,7 +82,8 @@ def _data(plan: MidtrainPlan) -> blend.Blend:
         counts = indexed.check(Path(source.prefix))
         if counts.tokens != source.tokens:
             raise RequestError(
-                f"{source.prefix}.idx", f"counts {counts.tokens} tokens, the plan {source.tokens}",
+                f"{source.prefix}.idx",
+                f"counts {counts.tokens} tokens, the plan {source.tokens}",
                 "the data was made again since: run the stage under a new NAME=",
             )
     tokenizer = tokenizers.read(RunFolder(Path(plan.data)).tokenizer)
@@ -138,7 +137,8 @@ def _start(plan: MidtrainPlan, state: TrainingState, folder: RunFolder) -> None:
         checkpoint = _converted(plan, folder, where) if kind == "hf" else Path(where)
         if not (checkpoint / ".metadata").exists():
             raise RequestError(
-                f"{plan.recipe_file}: init", f"{checkpoint} is not a torch_dist checkpoint",
+                f"{plan.recipe_file}: init",
+                f"{checkpoint} is not a torch_dist checkpoint",
                 "name the folder that holds .metadata and metadata.json, such as .../iter_0000500",
             )
         problem = runs.checkpoint_problem(checkpoint)

@@ -33,7 +33,8 @@ def run(plan: PreprocessPlan, attempt: int) -> None:
     tokenizer = _tokenizer(recipe, recipe_folder, folder)
     if recipe.prepend_bos and tokenizer.bos is None:
         raise RequestError(
-            f"{plan.recipe_file}: prepend_bos", f"the tokenizer {tokenizer.folder} names no bos_token"
+            f"{plan.recipe_file}: prepend_bos",
+            f"the tokenizer {tokenizer.folder} names no bos_token",
         )
     began = time.monotonic()
     sources = []
@@ -84,7 +85,8 @@ def _tokenize(
     counts = indexed.write(prefix, _ids(source, recipe, recipe_folder, tokenizer), tokenizer.size)
     if counts.tokens == 0:
         raise RequestError(
-            f"source {source.name}", "holds no text: every document is empty or there is none",
+            f"source {source.name}",
+            "holds no text: every document is empty or there is none",
             "check the source's path and text_key",
         )
     logger.info("%s: %d documents, %d tokens", source.name, counts.documents, counts.tokens)
