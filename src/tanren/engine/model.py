@@ -23,14 +23,13 @@ FP8_RECIPES = {"tensorwise": "tensorwise", "delayed": "delayed", "blockwise": "b
 
 
 def transformer_config(
-    shape: Model, layout: Layout, *, precision: str, fp8: str = "none", load_base: bool = True
+    shape: Model, layout: Layout, *, precision: str, fp8: str = "none"
 ) -> TransformerConfig:
     """megatron-core's configuration of a LLaMA in this layout.
 
     Args:
         precision: `bf16` or `fp32`.
         fp8: `none`, or the scaling recipe of Transformer Engine.
-        load_base: weights come from a checkpoint, so drawing random ones is left out.
     """
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -59,7 +58,9 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=shape.init_std,
-        perform_initialization=not load_base,
+        # Also for a model that is loaded: without it the local spec marks no parameter as split,
+        # and the gradient norm of a tensor-parallel run would count the first rank's part alone.
+        perform_initialization=True,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",

@@ -111,7 +111,6 @@ def _state(plan: MidtrainPlan) -> TrainingState:
         recipe.layout,
         precision=plan.precision,
         fp8=recipe.fp8,
-        load_base=plan.start != "scratch",
     )
     model = models.wrap_for_training(models.build(plan.model, config))
     optimizer = build_optimizer(recipe.optimizer, model, precision=plan.precision)

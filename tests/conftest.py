@@ -1,0 +1,129 @@
+"""Shared pieces: a tanren command to call, and a preprocessed text with a converted base."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RECIPES = REPOSITORY / "recipes" / "tiny"
+# A run of seconds: every test that trains uses these unless it says otherwise.
+SHORT = (
+    "steps=8", "sequence_length=64", "global_batch=8", "micro_batch=4", "schedule.warmup_steps=2",
+    "schedule.decay_steps=4", "checkpoints.every_steps=3", "evaluation.sequences=16",
+    "precision=fp32",
+)  # fmt: skip
+
+
+@dataclass
+class Finished:
+    """A command that ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def text(self) -> str:
+        return self.out + self.err
+
+
+@dataclass
+class Tanren:
+    """bin/tanren with its own runs folder."""
+
+    runs: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def start(
+        self, *words: str, sets: tuple[str, ...] = (), **options: object
+    ) -> subprocess.Popen[str]:
+        command = [str(REPOSITORY / "bin" / "tanren"), *words]
+        for assignment in sets:
+            command += ["--set", assignment]
+        environment = os.environ | {
+            "RUNS": str(self.runs), "TANREN_PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "", **self.environment,
+        }  # fmt: skip
+        return subprocess.Popen(
+            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            **options,
+        )  # fmt: skip
+
+    def __call__(self, *words: str, sets: tuple[str, ...] = (), **options: object) -> Finished:
+        process = self.start(*words, sets=sets, **options)
+        out, err = process.communicate(timeout=240)
+        return Finished(process.returncode, out, err)
+
+    def midtrain(self, *words: str, sets: tuple[str, ...] = (), **options: object) -> Finished:
+        return self(
+            "midtrain", str(RECIPES / "midtrain.yaml"), *words, sets=(*SHORT, *sets), **options
+        )
+
+    def folder(self, name: str = "midtrain") -> Path:
+        return self.runs / "tiny" / name
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 90.0) -> None:
+    """Wait until a condition holds; fail the test when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def end_group(process: subprocess.Popen[str]) -> None:
+    """Kill a command and everything it started, as a power cut would."""
+    import psutil
+
+    family = psutil.Process(process.pid).children(recursive=True)
+    for member in [*family, psutil.Process(process.pid)]:
+        try:
+            member.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    process.communicate()
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """runs/ with preprocess and convert of the tiny recipe, made once for all test workers."""
+    root = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        root = root.parent
+    shared = root / "prepared"
+    with (root / "prepared.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not shared.exists():
+            partial = root / "prepared.partial"
+            tanren = Tanren(partial)
+            for stage in ("preprocess", "convert"):
+                done = tanren(stage, str(RECIPES / f"{stage}.yaml"))
+                assert done.code == 0, done.text
+            # The base's path is written down in its result, so the folder keeps its place.
+            shared.symlink_to(partial)
+    yield shared
+
+
+@pytest.fixture
+def tanren(prepared: Path, tmp_path: Path) -> Tanren:
+    """A command whose runs folder already holds preprocess and convert."""
+    runs = tmp_path / "runs"
+    shutil.copytree(prepared / "tiny", runs / "tiny")
+    return Tanren(runs)
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Tanren:
+    """A command with an empty runs folder."""
+    return Tanren(tmp_path / "runs")

@@ -1,0 +1,79 @@
+"""Tensor, pipeline and data parallelism train the same model; checkpoints move between them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tanren import runs
+from tests.conftest import Tanren
+
+# Adam divides a gradient by its own size: where that is near zero, the rounding of another
+# summation order turns into a step of full size. A large epsilon leaves the rounding as it is.
+STEADY = ("optimizer.epsilon=1.0e-3",)
+LAYOUTS = {
+    "tensor": ("layout.tensor=2",),
+    "sequence": ("layout.tensor=2", "layout.sequence_parallel=true"),
+    "pipeline": ("layout.pipeline=2", "micro_batch=2"),
+    "data": ("layout.data=2",),
+}
+
+
+@pytest.fixture(scope="module")
+def single(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Tanren:
+    root = tmp_path_factory.mktemp("single")
+    shutil.copytree(prepared / "tiny", root / "tiny")
+    tanren = Tanren(root)
+    done = tanren.midtrain(sets=STEADY)
+    assert done.code == 0, done.text
+    return tanren
+
+
+def curve(tanren: Tanren, key: str) -> list[float]:
+    found = runs.curve(tanren.folder() / "metrics.jsonl", key)
+    return [found[step] for step in sorted(found)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_processes_train_what_one_does(tanren: Tanren, single: Tanren, layout: str) -> None:
+    done = tanren.midtrain(sets=(*STEADY, *LAYOUTS[layout]))
+    assert done.code == 0, done.text
+    for key in ("loss", "held_out_loss", "grad_norm"):
+        mine, theirs = curve(tanren, key), curve(single, key)
+        assert len(mine) == len(theirs) > 1
+        assert mine == pytest.approx(theirs, rel=2e-5), key
+    assert curve(tanren, "loss")[-1] < curve(tanren, "loss")[0] - 0.05
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("tensor", "pipeline"), ("data", "tensor"), ("pipeline", "data")]
+)
+def test_a_checkpoint_of_one_layout_goes_on_in_another(
+    tanren: Tanren, single: Tanren, first: str, second: str
+) -> None:
+    done = tanren.midtrain(sets=(*STEADY, *LAYOUTS[first], "checkpoints.keep_last=9"))
+    assert done.code == 0, done.text
+    # Go back to the checkpoint after step 3, as if the rest had not been.
+    folder = tanren.folder()
+    (folder / "DONE").unlink()
+    for later in ("iter_0000006", "iter_0000008"):
+        shutil.rmtree(folder / "checkpoints" / later)
+    (folder / "metrics.jsonl").rename(folder / "metrics.before")
+
+    done = tanren.midtrain(sets=(*STEADY, *LAYOUTS[second]))
+    assert done.code == 0, done.text
+    assert "goes on from iteration 3" in done.out
+    assert curve(tanren, "loss") == pytest.approx(curve(single, "loss")[3:], rel=2e-5)
+
+
+def test_a_data_sharded_checkpoint_refuses_another_layout(tanren: Tanren) -> None:
+    data = ("checkpoints.reshard=data", "steps=7", "checkpoints.every_steps=3")
+    assert tanren.midtrain(sets=data).code == 0
+    folder = tanren.folder()
+    (folder / "DONE").unlink()
+    shutil.rmtree(folder / "checkpoints" / "iter_0000007")
+    refused = tanren.midtrain(sets=(*data, "layout.tensor=2"))
+    assert refused.code == 2
+    assert "under tensor 1, pipeline 1, and this is tensor 2" in refused.err

@@ -1,0 +1,163 @@
+"""Interrupted at any moment, a run goes on as if nothing had happened, bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tanren import runs
+from tanren.plan.paths import RunFolder
+from tests.conftest import RECIPES, SHORT, Finished, Tanren, end_group, wait_for
+
+STEPS = 24
+LONG = (*SHORT, f"steps={STEPS}", "schedule.decay_steps=10", "checkpoints.every_steps=5")
+
+
+def train(tanren: Tanren) -> Finished:
+    return tanren("midtrain", str(RECIPES / "midtrain.yaml"), sets=LONG)
+
+
+def begin(tanren: Tanren) -> subprocess.Popen[str]:
+    return tanren.start("midtrain", str(RECIPES / "midtrain.yaml"), sets=LONG)
+
+
+def losses(tanren: Tanren) -> dict[int, float]:
+    return runs.curve(tanren.folder() / "metrics.jsonl", "loss")
+
+
+def at_step(tanren: Tanren, step: int) -> None:
+    wait_for(lambda: max(losses(tanren), default=0) >= step)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """The curve and the weights of a run that nothing disturbed."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    shutil.copytree(prepared / "tiny", root / "tiny")
+    tanren = Tanren(root)
+    done = train(tanren)
+    assert done.code == 0, done.text
+    return {"losses": losses(tanren), "weights": weights(tanren)}
+
+
+def weights(tanren: Tanren) -> dict[str, bytes]:
+    """Every tensor of the last checkpoint, optimizer included, as bytes."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    checkpoint = RunFolder(tanren.folder()).checkpoint(STEPS)
+    reader = dcp.FileSystemReader(checkpoint)
+    stored = reader.read_metadata().state_dict_metadata
+    state = {
+        key: torch.empty(value.size, dtype=value.properties.dtype)
+        for key, value in stored.items()
+        if isinstance(value, TensorStorageMetadata)
+    }
+    assert any(key.startswith("optimizer.") for key in state)
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return {key: value.view(torch.uint8).numpy().tobytes() for key, value in state.items()}
+
+
+def assert_same(tanren: Tanren, uninterrupted: dict[str, object]) -> None:
+    assert losses(tanren) == uninterrupted["losses"]
+    assert len(losses(tanren)) == STEPS
+    mine, theirs = weights(tanren), uninterrupted["weights"]
+    assert isinstance(theirs, dict)
+    assert mine.keys() == theirs.keys()
+    assert [key for key in mine if mine[key] != theirs[key]] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    tanren: Tanren, uninterrupted: dict[str, object], number: int
+) -> None:
+    process = begin(tanren)
+    at_step(tanren, 7)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 75, out + err
+    assert "the same command goes on from there" in err
+    stopped_at = runs.latest_checkpoint(RunFolder(tanren.folder()))
+    assert stopped_at == max(losses(tanren)) < STEPS
+
+    done = train(tanren)
+    assert done.code == 0, done.text
+    assert f"goes on from iteration {stopped_at}" in done.out
+    assert_same(tanren, uninterrupted)
+
+
+def test_kill_9_goes_back_to_the_last_whole_checkpoint(
+    tanren: Tanren, uninterrupted: dict[str, object]
+) -> None:
+    process = begin(tanren)
+    at_step(tanren, 13)
+    end_group(process)
+    kept = runs.latest_checkpoint(RunFolder(tanren.folder()))
+    assert kept in (5, 10)
+
+    done = train(tanren)
+    assert done.code == 0, done.text
+    assert_same(tanren, uninterrupted)
+
+
+def test_kill_9_in_the_middle_of_a_save(tanren: Tanren, uninterrupted: dict[str, object]) -> None:
+    folder = RunFolder(tanren.folder())
+    process = begin(tanren)
+    partial = folder.checkpoint(10).with_name("iter_0000010.partial")
+    wait_for(partial.exists)
+    end_group(process)
+    assert partial.exists(), "the save was over before the kill: nothing was tested"
+    assert runs.iterations(folder) == (5,)
+
+    done = train(tanren)
+    assert done.code == 0, done.text
+    assert "goes on from iteration 5" in done.out
+    assert_same(tanren, uninterrupted)
+
+
+def test_killing_the_command_alone_ends_the_training_with_a_save(tanren: Tanren) -> None:
+    folder = RunFolder(tanren.folder())
+    process = begin(tanren)
+    at_step(tanren, 6)
+    process.kill()
+    process.communicate()
+    wait_for(folder.stopped.exists, 40)
+    time.sleep(1.0)
+    done = train(tanren)
+    assert done.code == 0, done.text
+    assert len(losses(tanren)) == STEPS
+
+
+def test_the_same_command_on_a_finished_run_says_so(tanren: Tanren) -> None:
+    assert tanren.midtrain().code == 0
+    before = (tanren.folder() / "metrics.jsonl").read_bytes()
+    again = tanren.midtrain()
+    assert again.code == 0
+    assert "midtrain is done" in again.out
+    assert (tanren.folder() / "metrics.jsonl").read_bytes() == before
+
+
+def test_two_commands_on_one_run_are_refused(tanren: Tanren) -> None:
+    process = begin(tanren)
+    at_step(tanren, 1)
+    second = train(tanren)
+    assert second.code == 2
+    assert "is being worked on by process" in second.err
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+
+
+def test_other_settings_on_a_started_run_are_refused(tanren: Tanren) -> None:
+    assert tanren.midtrain().code == 0
+    changed = tanren.midtrain(sets=("optimizer.lr=1.0e-3",))
+    assert changed.code == 2
+    assert "optimizer.lr 0.003 there, 0.001 here" in changed.err
+    named = tanren.midtrain("--name", "slow", sets=("optimizer.lr=1.0e-3", "steps=7"))
+    assert named.code == 0, named.text
+    assert (tanren.folder("midtrain-slow") / "DONE").exists()
