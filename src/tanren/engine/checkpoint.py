@@ -11,8 +11,12 @@ import errno
 import logging
 import os
 import shutil
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +150,7 @@ class Saver:
             partial.mkdir(parents=True)
         dist.barrier()
         iteration = state.iteration
-        with self._errors(iteration):
+        with self._errors(iteration), _helpers_deaf_to_signals():
             request = dist_checkpointing.save(
                 _training_state(state, self.sharding, loading=False, with_random=True),
                 str(partial),
@@ -229,6 +233,24 @@ class Saver:
 
     def _errors(self, iteration: int) -> _SaveErrors:
         return _SaveErrors(self._partial(iteration), self.folder)
+
+
+@contextmanager
+def _helpers_deaf_to_signals() -> Iterator[None]:
+    """Start processes that a request to stop does not reach.
+
+    Schedulers and torchrun send SIGTERM to the whole process group. The trainer takes it as a
+    request to save; the processes that do the saving would die of it. A blocked signal stays
+    pending here and is inherited as blocked there, so none is lost.
+    """
+    # Started within, the tracker would unblock what it finds blocked.
+    resource_tracker.ensure_running()
+    requests = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, requests)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _SaveErrors:

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.adamw import adamw
 from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 _CPU = torch.device("cpu")
 _mode: TorchFunctionMode | None = None
@@ -95,6 +99,36 @@ class FusedAdam(torch.optim.Optimizer):
                 eps=group["eps"],
                 maximize=False,
             )
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """megatron-core's local norm refuses sequence parallelism; all it takes is this mark.
+
+    The gradients of a marked weight are summed over the tensor-parallel ranks, each of which saw
+    its own part of the sequence.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        weight: Any = self.weight
+        weight.sequence_parallel = config.sequence_parallel
+
+
+def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """The local layers of this pipeline stage."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_block import (
+        TransformerBlockSubmodules,
+        get_num_layers_to_build,
+    )
+
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    submodules: Any = layer.submodules
+    submodules.input_layernorm = RMSNorm
+    submodules.pre_mlp_layernorm = RMSNorm
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
+    )
 
 
 def install() -> None:

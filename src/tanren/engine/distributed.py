@@ -30,7 +30,7 @@ def initialize(layout: Layout, device_kind: str, seed: int, timeout_minutes: int
 
     Args:
         device_kind: `cpu` (gloo) or `cuda` (NCCL).
-        seed: of the weights' initialisation; tensor-parallel ranks draw different numbers from it.
+        seed: of the weights' initialisation; model-parallel ranks draw different numbers from it.
     """
     if device_kind == "cpu":
         from tanren.engine import cpu
@@ -57,6 +57,8 @@ def initialize(layout: Layout, device_kind: str, seed: int, timeout_minutes: int
             create_gloo_process_groups=device_kind == "cuda",
             distributed_timeout_minutes=timeout_minutes,
         )
+    # As in Megatron-LM: pipeline stages must not start with the same weights.
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)

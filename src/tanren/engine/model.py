@@ -9,10 +9,6 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
@@ -83,18 +79,26 @@ def transformer_config(
     )
 
 
+def _layers(config: TransformerConfig) -> Any:
+    """Transformer Engine's layers on a GPU, megatron-core's own on a CPU."""
+    if torch.cuda.is_available():
+        from megatron.core.models.gpt.gpt_layer_specs import (
+            get_gpt_layer_with_transformer_engine_spec,
+        )
+
+        return get_gpt_layer_with_transformer_engine_spec()
+    from tanren.engine import cpu
+
+    return cpu.block_spec(config)
+
+
 class Llama(GPTModel):
     """GPTModel whose loss does not see the rows that only pad the vocabulary."""
 
     def __init__(self, shape: Model, config: TransformerConfig) -> None:
-        spec = (
-            get_gpt_layer_with_transformer_engine_spec()
-            if torch.cuda.is_available()
-            else get_gpt_layer_local_spec(normalization="RMSNorm")
-        )
         super().__init__(
             config=config,
-            transformer_layer_spec=spec,
+            transformer_layer_spec=_layers(config),
             vocab_size=shape.padded_vocabulary,
             max_sequence_length=shape.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(),
