@@ -116,6 +116,12 @@ def _stage(order: Order, needs: bool, screen: Console) -> None:
         terminal.summary(planned, screen)
         return
     submit.refuse_missing(order, request)
+    if request.machine.idle_gpus and planned.launch.torchrun:
+        screen.print(
+            f"{request.machine.idle_gpus} GPUs stay idle: the engine needs Transformer Engine for "
+            "them, and this Python has none; running on the CPU",
+            highlight=False,
+        )
     if start.iteration:
         screen.print(f"{planned.stage} goes on from iteration {start.iteration}")
     watch, close = terminal.watching(planned, screen)

@@ -166,10 +166,12 @@ def model_of(config: dict[str, Any], place: object) -> Model:
     for key in ("attention_bias", "mlp_bias", "sliding_window"):
         if config.get(key):
             raise RequestError(place, f"{key} is {config[key]!r}, which the engine has not")
+    if config.get("hidden_act", "silu") != "silu":
+        raise RequestError(place, f"hidden_act is {config['hidden_act']!r}, and the engine's silu")
     # transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling.
-    rope = config.get("rope_parameters") or {
+    rope = {
         "rope_theta": config.get("rope_theta", 10000.0),
-        **(config.get("rope_scaling") or {}),
+        **(config.get("rope_parameters") or config.get("rope_scaling") or {}),
     }
     try:
         return Model(
@@ -181,7 +183,7 @@ def model_of(config: dict[str, Any], place: object) -> Model:
             head_size=config.get("head_dim"),
             vocabulary_size=config["vocab_size"],
             max_positions=config["max_position_embeddings"],
-            rotary_base=float(rope.get("rope_theta", 10000.0)),
+            rotary_base=float(rope["rope_theta"]),
             rope_scaling=_rope_scaling(rope, place),
             norm_epsilon=config["rms_norm_eps"],
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from tanren.plan.plan import Machine
@@ -10,7 +11,14 @@ from tanren.plan.plan import Machine
 
 def this_machine() -> Machine:
     """GPUs that a process here may use, cores, and whether the CPU multiplies bf16 matrices."""
-    return Machine(gpus=_gpus(), fast_bf16=_fast_bf16(), cores=len(os.sched_getaffinity(0)))
+    gpus = _gpus()
+    usable = find_spec("transformer_engine") is not None
+    return Machine(
+        gpus=gpus if usable else 0,
+        idle_gpus=0 if usable else gpus,
+        fast_bf16=_fast_bf16(),
+        cores=len(os.sched_getaffinity(0)),
+    )
 
 
 def _gpus() -> int:

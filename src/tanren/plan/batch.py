@@ -75,25 +75,30 @@ def make_batch(recipe: Midtrain, data_parallel: int, place: str) -> Batch:
     Raises:
         RequestError: the global batch does not divide; the message names the nearest that do.
     """
-    divisor = data_parallel * recipe.micro_batch
-    if recipe.global_batch % divisor:
-        below = recipe.global_batch // divisor * divisor
-        nearest = [str(n) for n in (below, below + divisor) if n > 0]
-        raise RequestError(
-            f"{place}: global_batch",
-            f"{recipe.global_batch} is not a multiple of {divisor} (data parallel {data_parallel} "
-            f"x micro_batch {recipe.micro_batch})",
-            f"use {' or '.join(nearest)}",
-        )
+    check_divides(f"{place}: global_batch", recipe.global_batch, recipe, data_parallel)
     tokens_per_step = recipe.sequence_length * recipe.global_batch
     steps = recipe.steps or ceil_div(recipe.tokens or 0, tokens_per_step)
     return Batch(
         data_parallel=data_parallel,
         micro_batch=recipe.micro_batch,
-        accumulation=recipe.global_batch // divisor,
+        accumulation=recipe.global_batch // (data_parallel * recipe.micro_batch),
         steps=steps,
         tokens_per_step=tokens_per_step,
     )
+
+
+def check_divides(place: str, sequences: int, recipe: Midtrain, data_parallel: int) -> None:
+    """Refuse a number of sequences that does not fill the micro batches of every replica."""
+    divisor = data_parallel * recipe.micro_batch
+    if sequences % divisor:
+        below = sequences // divisor * divisor
+        nearest = [str(n) for n in (below, below + divisor) if n > 0]
+        raise RequestError(
+            place,
+            f"{sequences} is not a multiple of {divisor} (data parallel {data_parallel} x "
+            f"micro_batch {recipe.micro_batch})",
+            f"use {' or '.join(nearest)}",
+        )
 
 
 def make_mix(

@@ -29,6 +29,7 @@ from tanren.plan.batch import (
     Batch,
     SourceCount,
     SourceShare,
+    check_divides,
     data_parallel_size,
     make_batch,
     make_mix,
@@ -41,6 +42,8 @@ class Machine:
     """What the machine that runs the stage has."""
 
     gpus: int = 0
+    # GPUs that stay idle because Transformer Engine, which the engine needs there, is missing.
+    idle_gpus: int = 0
     fast_bf16: bool = False
     cores: int = 1
 
@@ -298,6 +301,10 @@ def _midtrain_plan(request: Request, recipe: Midtrain) -> MidtrainPlan:
     _check_layout(recipe, model, request.machine, place)
     data_parallel = data_parallel_size(recipe.layout, request.machine.gpus, place)
     batch = make_batch(recipe, data_parallel, place)
+    if recipe.evaluation:
+        check_divides(
+            f"{place}: evaluation.sequences", recipe.evaluation.sequences, recipe, data_parallel
+        )
     _check_schedule(recipe, batch.steps, place)
     if recipe.sequence_length > model.max_positions:
         raise RequestError(

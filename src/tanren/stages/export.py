@@ -59,7 +59,7 @@ def export(
 
 
 def generate(folder: Path, prompt: str, tokens: int) -> str:
-    """The model's own continuation of a prompt, greedy, by transformers."""
+    """The model's own continuation of a prompt, by transformers; the same at every call."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -67,9 +67,10 @@ def generate(folder: Path, prompt: str, tokens: int) -> str:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
+    transformers.set_seed(0)
     with torch.no_grad():
         result = model.generate(
-            ids, max_new_tokens=tokens, do_sample=False, repetition_penalty=1.2,
+            ids, max_new_tokens=tokens, do_sample=True, temperature=0.7, top_p=0.9,
             attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
     return str(tokenizer.decode(result[0], skip_special_tokens=True))
