@@ -62,6 +62,7 @@ _stage_verb("export", "A checkpoint to a Hugging Face folder.")
 @app.command(epilog="Example: bin/tanren plan recipes/tiny/midtrain.yaml --set steps=10")
 def plan(recipe: RecipeFile, variant: Variant = None, name: Name = None, set_: Sets = None) -> None:
     """Print what a stage would do, and change nothing."""
+    from tanren.config.errors import RequestError
     from tanren.launch import local, submit
     from tanren.plan.plan import make_plan
     from tanren.report import terminal
@@ -69,19 +70,25 @@ def plan(recipe: RecipeFile, variant: Variant = None, name: Name = None, set_: S
     order = submit.Order(recipe, variant, name, tuple(set_ or []))
     request = submit.read_request(order)
     planned = make_plan(request)
-    start = submit.look(planned)
-    state = (
-        "done"
-        if start.done
-        else f"goes on from iteration {start.iteration}"
-        if start.iteration
-        else "new"
-    )
+    refusal = None
+    try:
+        start = submit.look(planned)
+        state = (
+            "done"
+            if start.done
+            else f"goes on from iteration {start.iteration}"
+            if start.iteration
+            else "new"
+        )
+    except RequestError as error:
+        refusal, state = error, "would be refused, see below"
     waiting = [needed.recipe_file.stem for needed in submit.missing(order, request)]
     if waiting:
         state += f"; {', '.join(waiting)} must be made first (make does it, or --needs)"
     script = local.script(planned.folder, planned.launch, 1, request.machine.cores)
     terminal.print_plan(planned, state, script, terminal.console())
+    if refusal is not None:
+        raise refusal
 
 
 def _run(

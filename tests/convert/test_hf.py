@@ -58,9 +58,11 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_tensors_or_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"holds neither model\.safetensors"):
-        with hf.reader(tmp_path):
-            pass
+    with (
+        pytest.raises(RequestError, match=r"holds neither model\.safetensors"),
+        hf.reader(tmp_path),
+    ):
+        pass
     with pytest.raises(RequestError, match=r"config\.json: is missing"):
         hf.read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -76,9 +78,9 @@ def test_a_path_that_is_not_there_is_not_asked_of_the_hub(tmp_path: Path) -> Non
 def test_a_failed_write_leaves_the_old_folder_and_no_half_one(tmp_path: Path) -> None:
     folder = write(tmp_path / "model")
     before = (folder / "model.safetensors").read_bytes()
-    with pytest.raises(WorkError, match="cannot be written: No space left on device"):
-        with hf.whole_folder(folder) as partial:
-            (partial / "model.safetensors").write_bytes(b"half")
-            raise OSError(28, "No space left on device")
+    full = pytest.raises(WorkError, match="cannot be written: No space left on device")
+    with full, hf.whole_folder(folder) as partial:
+        (partial / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
     assert (folder / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

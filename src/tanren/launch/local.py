@@ -33,9 +33,7 @@ def script(folder: RunFolder, launch: Launch, attempt: int, cores: int) -> str:
     words += stage
     threads = max(1, cores // launch.processes)
     environment = {
-        "PYTHONPATH": os.pathsep.join(
-            [str(repository() / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        ),
+        "PYTHONPATH": _python_path(),
         "PYTHONNOUSERSITE": "1",
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": str(threads),
@@ -51,6 +49,13 @@ def script(folder: RunFolder, launch: Launch, attempt: int, cores: int) -> str:
         f"exec {shlex.join(words)}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _python_path() -> str:
+    """This checkout's src first, then what the caller had."""
+    own = str(repository() / "src")
+    theirs = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join([own, *(path for path in theirs if path not in ("", own))])
 
 
 def run(

@@ -18,7 +18,6 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from rich.table import Table
 
 from tanren import runs
 from tanren.launch.submit import shown
@@ -177,70 +176,75 @@ def _training_summary(plan: MidtrainPlan, result: dict[str, Any], screen: Consol
 
 def print_plan(plan: Plan, state: str, script: str, screen: Console) -> None:
     """The plan as a person reads it."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("run folder", shown(plan.run))
-    table.add_row("state", state)
-    table.add_row(
-        "recipe", shown(plan.recipe_file) + (f" variant {plan.variant}" if plan.variant else "")
-    )
+    variant = f" variant {plan.variant}" if plan.variant else ""
+    rows = [
+        ("run folder", shown(plan.run)),
+        ("state", state),
+        ("recipe", shown(plan.recipe_file) + variant),
+    ]
     if isinstance(plan, MidtrainPlan):
-        _midtrain_rows(plan, plan.batch, table)
+        rows += _midtrain_rows(plan, plan.batch)
     elif isinstance(plan, ConvertPlan):
-        table.add_row("base", plan.recipe.source)
-        table.add_row("parameters", f"{plan.model.parameters:,}")
+        rows.append(("base", plan.recipe.source))
+        rows.append(("parameters", f"{plan.model.parameters:,}"))
     elif isinstance(plan, ExportPlan):
-        table.add_row("checkpoint", f"{shown(plan.source)}, iteration {plan.iteration}")
+        rows.append(("checkpoint", f"{shown(plan.source)}, iteration {plan.iteration}"))
     else:
-        for source in plan.recipe.sources:
-            table.add_row(
-                f"source {source.name}", source.path or f"Python's {source.python_documentation}"
-            )
+        rows += [
+            (f"source {source.name}", source.path or f"Python's {source.python_documentation}")
+            for source in plan.recipe.sources
+        ]
     launch = plan.launch
-    table.add_row("processes", f"{launch.processes} on this machine ({launch.device})")
-    screen.print(table)
+    rows.append(("processes", f"{launch.processes} on this machine ({launch.device})"))
+    width = max(len(name) for name, _ in rows) + 2
+    for name, value in rows:
+        # Whole lines: a path that is cut cannot be copied.
+        screen.print(f"{name:<{width}}{value}", markup=False)
     screen.print("job script", style="bold")
     screen.print(script.rstrip(), markup=False, style="dim")
 
 
-def _midtrain_rows(plan: MidtrainPlan, batch: Batch, table: Table) -> None:
-    recipe, layout = plan.recipe, plan.recipe.layout
-    table.add_row("starts from", plan.start)
-    table.add_row("model", f"{recipe.model}: {plan.model.parameters:,} parameters, {plan.precision}"
-                  + (f", fp8 {recipe.fp8}" if recipe.fp8 != "none" else ""))  # fmt: skip
-    table.add_row(
-        "steps", f"{batch.steps:,} x {batch.tokens_per_step:,} tokens = {batch.tokens:,} tokens"
-    )
-    table.add_row(
-        "batch",
-        f"{recipe.global_batch} = data parallel {batch.data_parallel} x micro batch "
-        f"{batch.micro_batch} x accumulation {batch.accumulation}",
-    )
-    table.add_row(
-        "layout",
-        f"tensor {layout.tensor}, pipeline {layout.pipeline}, context {layout.context}, "
-        f"data {batch.data_parallel}, recompute {layout.recompute}",
-    )
-    schedule = recipe.schedule
+def _midtrain_rows(plan: MidtrainPlan, batch: Batch) -> list[tuple[str, str]]:
+    recipe, layout, schedule = plan.recipe, plan.recipe.layout, plan.recipe.schedule
+    fp8 = f", fp8 {recipe.fp8}" if recipe.fp8 != "none" else ""
     decay = (
         f", {schedule.decay_style} over the last {schedule.decay_steps}"
         if schedule.decay_steps
         else ""
     )
-    table.add_row(
-        "learning rate",
-        f"{recipe.optimizer.lr:g} → {recipe.optimizer.min_lr:g}, {schedule.style}{decay}, "
-        f"warm-up {schedule.warmup_steps}",
-    )
     operations = plan.model.flops_per_token(recipe.sequence_length) * batch.tokens
-    table.add_row("work", f"{operations:.3g} FLOP (causal half of attention counted once)")
+    rows = [
+        ("starts from", plan.start),
+        ("model", f"{recipe.model}: {plan.model.parameters:,} parameters, {plan.precision}{fp8}"),
+        ("steps", f"{batch.steps:,} x {batch.tokens_per_step:,} tokens = {batch.tokens:,} tokens"),
+        (
+            "batch",
+            f"{recipe.global_batch} = data parallel {batch.data_parallel} x micro batch "
+            f"{batch.micro_batch} x accumulation {batch.accumulation}",
+        ),
+        (
+            "layout",
+            f"tensor {layout.tensor}, pipeline {layout.pipeline}, context {layout.context}, "
+            f"data {batch.data_parallel}, recompute {layout.recompute}",
+        ),
+        (
+            "learning rate",
+            f"{recipe.optimizer.lr:g} → {recipe.optimizer.min_lr:g}, {schedule.style}{decay}, "
+            f"warm-up {schedule.warmup_steps}",
+        ),
+        ("work", f"{operations:.3g} FLOP (causal half of attention counted once)"),
+    ]
     if plan.sources is None:
-        table.add_row("sources", "tokens and epochs are known once preprocess has run")
-    for source in plan.sources or ():
-        table.add_row(
+        rows.append(("sources", "tokens and epochs are known once preprocess has run"))
+    rows += [
+        (
             f"source {source.name}",
             f"{source.tokens:,} tokens x ratio {source.ratio:g}: {source.weight:.1%} of the mix, "
             f"{source.epochs:.2f} epochs",
         )
+        for source in plan.sources or ()
+    ]
+    return rows
 
 
 def print_error(text: str) -> None:

@@ -1,0 +1,254 @@
+"""The plan of each stage: what it says, and what it refuses before anything costs points."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tanren.config.errors import RequestError
+from tanren.config.load import read_model, read_recipe
+from tanren.plan.paths import RunFolder
+from tanren.plan.plan import (
+    Machine,
+    MidtrainPlan,
+    Product,
+    Request,
+    differences,
+    make_plan,
+    read_plan,
+    reference,
+    stage_of,
+)
+from tests.conftest import RECIPES, REPOSITORY
+
+ALL_RECIPES = sorted(
+    path for stage in ("preprocess", "convert", "midtrain", "export")
+    for path in REPOSITORY.glob(f"recipes/*/{stage}*.yaml")
+)  # fmt: skip
+assert ALL_RECIPES, f"no recipe under {REPOSITORY}"
+
+
+LAPTOP = Machine(cores=2)
+
+
+def product(stage: str, result: dict[str, Any] | None = None, **fields: Any) -> Product:
+    return Product(stage, RunFolder(Path("/runs/tiny") / stage), result, **fields)
+
+
+DATA = product(
+    "preprocess",
+    {
+        "identity": "d",
+        "vocabulary_size": 2048,
+        "sources": [
+            {"name": "reference", "tokens": 190_000},
+            {"name": "docstrings", "tokens": 210_000},
+        ],
+    },
+)
+BASE = product(
+    "convert",
+    {
+        "identity": "b",
+        "iteration": 0,
+        "hf": "/runs/tiny/convert/hf/base",
+        "model": read_model("tiny").model_dump(mode="json"),
+    },
+)
+
+
+def request(
+    stage: str = "midtrain", *sets: str, machine: Machine = LAPTOP, **fields: Any
+) -> Request:
+    path = RECIPES / f"{stage}.yaml"
+    _, recipe = read_recipe(path, None, list(sets))
+    products = {"preprocess": DATA, "convert": BASE, "midtrain": product("midtrain")}
+    wanted = Request(
+        task="tiny", stage=stage, recipe=recipe, recipe_file=path, runs=Path("/runs"),
+        machine=machine, model=read_model("tiny"), products=products,
+    )  # fmt: skip
+    return replace(wanted, **fields)
+
+
+def midtrain(*sets: str, **fields: Any) -> MidtrainPlan:
+    plan = make_plan(request("midtrain", *sets, **fields))
+    assert isinstance(plan, MidtrainPlan)
+    return plan
+
+
+def test_a_base_of_a_stage_becomes_its_checkpoint() -> None:
+    plan = midtrain()
+    assert plan.start == "checkpoint:/runs/tiny/convert/checkpoints/iter_0000000"
+    assert plan.hf_source == "/runs/tiny/convert/hf/base"
+    assert plan.run == "/runs/tiny/midtrain"
+    assert plan.sources is not None
+    assert sum(source.weight for source in plan.sources) == pytest.approx(1)
+
+
+def test_a_plan_survives_its_file(tmp_path: Path) -> None:
+    plan = midtrain()
+    (tmp_path / "plan.json").write_text(plan.model_dump_json())
+    assert read_plan(tmp_path / "plan.json") == plan
+
+
+def test_a_plan_of_another_version_is_refused_by_its_field(tmp_path: Path) -> None:
+    text = midtrain().model_dump_json().replace('"precision"', '"precison"')
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(RequestError, match="was written by another version of tanren"):
+        read_plan(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("sets", "machine", "message"),
+    [
+        (["micro_batch=3"], {}, "midtrain.yaml: global_batch: 8 is not a multiple of 3"),
+        (["evaluation.sequences=60"], {},
+         "evaluation.sequences: 60 is not a multiple of 8 (data parallel 1 x micro_batch 8)"),
+        (["sequence_length=1024"], {}, "1024 is over the model's max_positions 512"),
+        (["layout.tensor=4"], {}, "layout: attention_heads 6 is not a multiple of tensor 4"),
+        (["layout.pipeline=3"], {}, "layers 4 is not a multiple of pipeline 3"),
+        (["layout.context=2"], {}, "layout.context: 2 needs Transformer Engine on GPUs"),
+        (["fp8=delayed"], {}, "fp8: delayed needs a GPU, and this machine has none"),
+        (["fp8=delayed", "precision=fp32"], {"gpus": 1}, "delayed goes with precision bf16"),
+        (["schedule.warmup_steps=320"], {}, "320 are not fewer than the run's 320 steps"),
+        (["schedule.decay_steps=319"], {}, "319 and 10 of warm-up are more than the run's 320"),
+        (["mix={nothing: 2.0}"], {}, "mix.nothing: names no source of the data"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(
+    sets: list[str], machine: dict[str, int], message: str
+) -> None:
+    with pytest.raises(RequestError) as refused:
+        midtrain(*sets, machine=Machine(**machine))
+    assert message in refused.value.text()
+
+
+def test_another_shape_names_both_sides() -> None:
+    model = read_model("tiny").model_copy(update={"layers": 6, "norm_epsilon": 1e-6})
+    with pytest.raises(RequestError) as refused:
+        midtrain(model=model)
+    assert refused.value.place.endswith("midtrain.yaml: init")
+    assert refused.value.problem == (
+        "the base /runs/tiny/convert has another shape: layers 4 there, 6 here; "
+        "norm_epsilon 1e-05 there, 1e-06 here"
+    )
+
+
+@pytest.mark.parametrize("stage", ["convert", "midtrain"])
+def test_a_tokenizer_with_more_pieces_than_rows_names_both_sides(stage: str) -> None:
+    model = read_model("tiny").model_copy(update={"vocabulary_size": 2000})
+    with pytest.raises(RequestError) as refused:
+        make_plan(request(stage, model=model))
+    assert "the model has 2000 embedding rows and the tokenizer" in refused.value.problem
+    assert "has 2048 pieces" in refused.value.problem
+
+
+@pytest.mark.parametrize(
+    ("machine", "precision", "processes", "device"),
+    [
+        (Machine(), "fp32", 1, "cpu"), (Machine(fast_bf16=True), "bf16", 1, "cpu"),
+        (Machine(gpus=8), "bf16", 8, "cuda"),
+    ],
+)  # fmt: skip
+def test_the_machine_decides_processes_and_automatic_precision(
+    machine: Machine, precision: str, processes: int, device: str
+) -> None:
+    plan = midtrain("micro_batch=1", machine=machine)
+    assert plan.precision == precision
+    assert (plan.launch.processes, plan.launch.device) == (processes, device)
+
+
+def test_only_what_does_not_change_the_result_may_change() -> None:
+    free = ["layout.data=2", "micro_batch=1", "checkpoints.every_steps=7", "evaluation.sequences=8"]
+    assert midtrain().settings == midtrain(*free).settings
+    fixed = ["optimizer.lr=1.0e-4", "global_batch=16", "steps=321", "seed=2", "split='90,10,0'",
+             "mix={reference: 2.0}", "schedule.warmup_steps=2", "precision=bf16"]  # fmt: skip
+    for assignment in fixed:
+        assert midtrain().identity != midtrain(assignment).identity, assignment
+    other_data = replace(DATA, result={**(DATA.result or {}), "identity": "other"})
+    products = {"preprocess": other_data, "convert": BASE}
+    assert midtrain(products=products).identity != midtrain().identity
+
+
+def test_differences_name_each_field_with_both_values() -> None:
+    there, here = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "e": 4}
+    assert differences(there, here) == [
+        "a.c 2 there, 5 here", "d 3 there, None here", "e None there, 4 here",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wanted", "variant", "name", "folder"),
+    [
+        ("stage:midtrain", None, None, "midtrain"),
+        ("stage:midtrain", "100B", "a", "midtrain.100B-a"),
+        ("stage:preprocess", "100B", "a", "preprocess"),
+        ("stage:midtrain-b", None, "a", "midtrain-b"),
+    ],
+)
+def test_training_stages_follow_the_name_and_preparing_ones_are_shared(
+    wanted: str, variant: str | None, name: str | None, folder: str
+) -> None:
+    assert reference(wanted, variant, name) == folder
+    assert stage_of(folder) == wanted.removeprefix("stage:").removesuffix("-b")
+
+
+def test_an_export_takes_the_newest_checkpoint_or_names_those_there() -> None:
+    trained = product("midtrain", None, started="s", iterations=(80, 160))
+    plan = make_plan(request("export", products={"midtrain": trained}))
+    assert plan.stage == "export"
+    assert plan.iteration == 160
+    with pytest.raises(RequestError) as refused:
+        make_plan(request("export", "iteration=100", products={"midtrain": trained}))
+    assert "has no checkpoint 100" in refused.value.problem
+    assert refused.value.next_step == "it has 80, 160"
+
+
+def test_without_data_the_plan_says_what_it_cannot_know() -> None:
+    plan = midtrain(products={"preprocess": product("preprocess"), "convert": product("convert")})
+    assert plan.sources is None
+    assert plan.start == "stage:convert"
+
+
+@pytest.mark.parametrize("path", ALL_RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_recipe_is_valid_and_an_entry_script(path: Path) -> None:
+    stage, _ = read_recipe(path, None, [])
+    assert path.read_text().splitlines()[0] == f"#!/usr/bin/env -S tanren {stage}"
+    assert path.stat().st_mode & 0o111 == 0o111
+
+
+def test_planning_imports_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from tanren.cli import main; sys.argv = ['tanren', 'plan', sys.argv[1]]\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'megatron'} & set(sys.modules)\n"
+        "print('HEAVY', sorted(heavy), 'tanren.plan.plan' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(RECIPES / "midtrain.yaml")],
+        capture_output=True, text=True, check=True, cwd=REPOSITORY / "src",
+        env=os.environ | {"RUNS": str(tmp_path)},
+    )  # fmt: skip
+    assert "HEAVY [] True" in done.stdout
+
+
+def test_a_plan_answers_in_half_a_second(tmp_path: Path) -> None:
+    """Processor time, the best of three: what a busy machine adds is not the plan's."""
+    command = [sys.executable, "-m", "tanren.cli", "plan", str(RECIPES / "midtrain.yaml")]
+    seconds = []
+    for _ in range(3):
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY / "src", stdout=subprocess.DEVNULL,
+            env=os.environ | {"RUNS": str(tmp_path)},
+        )  # fmt: skip
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        process.returncode = 0
+        seconds.append(usage.ru_utime + usage.ru_stime)
+    assert min(seconds) < 0.5
