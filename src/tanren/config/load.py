@@ -6,9 +6,12 @@ field remembers where it was written.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -17,7 +20,7 @@ import yaml
 from pydantic import ValidationError
 
 from tanren.config.errors import RequestError
-from tanren.config.schema import STAGES, Model, Recipe, Site, Strict, User
+from tanren.config.schema import STAGES, Model, Recipe, Strict, User
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -67,53 +70,78 @@ def read_yaml(path: Path) -> Document:
         raise RequestError(path, "there is no such file", _similar_files(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(path, f"cannot be read: {error}") from None
-    loader = _Loader(text)
+    places: dict[Location, str] = {}
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
-        places: dict[Location, str] = {}
-        values = _build(loader, node, path, (), places) if node is not None else {}
+        values = (
+            {}
+            if node is None
+            else _build(loader, node, (), places, lambda mark: f"{path}:{mark.line + 1}")
+        )
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise RequestError(f"{path}{line}", f"not YAML: {error.problem}") from None
-    finally:
-        loader.dispose()
+    except yaml.reader.ReaderError as error:
+        row = text.count("\n", 0, error.position) + 1
+        raise RequestError(
+            f"{path}:{row}", f"not YAML: holds the control character {error.character:#04x}"
+        ) from None
     if not isinstance(values, dict):
         raise RequestError(path, f"holds a {type(values).__name__}, not fields with values")
     return Document(path, values, places)
 
 
 def _build(
-    loader: _Loader, node: yaml.Node, path: Path, location: Location, places: dict[Location, str]
+    loader: _Loader,
+    node: yaml.Node,
+    location: Location,
+    places: dict[Location, str],
+    where: Callable[[yaml.Mark], str],
 ) -> Any:
-    place = f"{path}:{node.start_mark.line + 1}"
+    place = where(node.start_mark)
+    field = ".".join(str(part) for part in location)
     places.setdefault(location, place)
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = str(loader.construct_object(key_node))
+            place = where(key_node.start_mark)
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise RequestError(f"{place}: {field}" if field else place, "a field needs a name")
+            # As it is written: `no`, 1.10 and 2024_01 are names here, not values.
+            key = key_node.value
             here = (*location, key)
             if key in result:
-                line = key_node.start_mark.line + 1
                 raise RequestError(
-                    f"{path}:{line}: {key}", "is stated twice", f"the first is at {places[here]}"
+                    f"{place}: {'.'.join(map(str, here))}",
+                    "is stated twice",
+                    f"the first is at {places[here]}",
                 )
-            places[here] = f"{path}:{key_node.start_mark.line + 1}"
-            result[key] = _build(loader, value_node, path, here, places)
+            places[here] = place
+            result[key] = _build(loader, value_node, here, places, where)
         return result
     if isinstance(node, yaml.SequenceNode):
         return [
-            _build(loader, child, path, (*location, index), places)
+            _build(loader, child, (*location, index), places, where)
             for index, child in enumerate(node.value)
         ]
-    value = loader.construct_object(node)
-    if isinstance(value, int) and isinstance(node.value, str) and ":" in node.value:
-        field = ".".join(str(part) for part in location)
+    try:
+        value = loader.construct_object(node)
+    except ValueError as error:  # 2020-13-45 looks like a date and is none
+        raise RequestError(f"{place}: {field}", f"{node.value}: {error}", "quote it") from None
+    if isinstance(value, int | float) and ":" in node.value:
         raise RequestError(
             f"{place}: {field}",
             f"YAML reads {node.value} as {value}",
             "write hours as a number, such as walltime_hours: 24",
         )
+    if (isinstance(value, float) and not math.isfinite(value)) or (
+        isinstance(value, int) and not -(2**63) <= value < 2**63
+    ):
+        raise RequestError(f"{place}: {field}", f"{node.value} is not a number that can be used")
+    if isinstance(value, date | bytes):  # datetime is a date
+        return node.value
     return value
 
 
@@ -122,17 +150,21 @@ def parse_set(assignments: list[str]) -> list[tuple[tuple[str, ...], Any]]:
     result = []
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
-        if not equals or not all(key.split(".")):
+        keys = tuple(key.split("."))
+        if not equals or not all(keys):
             raise RequestError(
                 f"--set {assignment}",
                 "is not of the form field.subfield=value",
                 "for example --set optimizer.lr=1.0e-4",
             )
         try:
-            value = yaml.safe_load(text)
+            loader = _Loader(text)
+            node = loader.get_single_node()
+            value = None if node is None else _build(loader, node, keys, {}, lambda _: "--set")
         except yaml.YAMLError as error:
-            raise RequestError(f"--set {assignment}", f"the value is not YAML: {error}") from None
-        result.append((tuple(key.split(".")), value))
+            said = getattr(error, "problem", None) or getattr(error, "reason", error)
+            raise RequestError(f"--set {assignment}", f"the value is not YAML: {said}") from None
+        result.append((keys, value))
     return result
 
 
@@ -165,23 +197,37 @@ def read_recipe(path: Path, variant: str | None, assignments: list[str]) -> tupl
     document = _with_base(recipe_path(path, variant), [])
     values, places = document.values, dict(document.places)
     for keys, value in parse_set(assignments):
-        _refuse_sexagesimal(keys, value, assignments)
         nested: Any = value
         for key in reversed(keys):
             nested = {key: nested}
         values = merge(values, nested)
-        places[keys] = "--set"
+        places = _overlay(places, _places_of(nested, (), "--set"), values)
     changed = Document(document.path, values, places)
     return stage, cast(Recipe, validate(changed, STAGES[stage]))
 
 
-def _refuse_sexagesimal(keys: tuple[str, ...], value: Any, assignments: list[str]) -> None:
-    for assignment in assignments:
-        key, _, text = assignment.partition("=")
-        if tuple(key.split(".")) == keys and isinstance(value, int) and ":" in text:
-            raise RequestError(
-                f"--set {assignment}", f"YAML reads {text} as {value}", "write hours as a number"
-            )
+def _places_of(value: Any, location: Location, place: str) -> dict[Location, str]:
+    """The same place for every value that is not a mapping, and for what is inside lists."""
+    items = value.items() if isinstance(value, dict) else ()
+    inside = {
+        where: place for key, inner in items for where in _places_of(inner, (*location, key), place)
+    }
+    return inside or {location: place}
+
+
+def _overlay(
+    below: dict[Location, str], above: dict[Location, str], values: dict[str, Any]
+) -> dict[Location, str]:
+    """The places of two merged files; what was inside a replaced value is forgotten."""
+    replaced = {
+        where for where in above if where and not isinstance(_value_at(values, where), dict)
+    }
+    kept = {
+        where: place
+        for where, place in below.items()
+        if not any(where[:length] in replaced for length in range(1, len(where) + 1))
+    }
+    return kept | above
 
 
 def _with_base(path: Path, seen: list[Path]) -> Document:
@@ -196,7 +242,8 @@ def _with_base(path: Path, seen: list[Path]) -> Document:
         raise RequestError(document.place(("base",)), f"{path.name} is its own base in the end")
     below = _with_base(path.parent / base, [*seen, path.resolve()])
     values = {key: value for key, value in document.values.items() if key != "base"}
-    return Document(path, merge(below.values, values), {**below.places, **document.places})
+    merged = merge(below.values, values)
+    return Document(path, merged, _overlay(below.places, document.places, merged))
 
 
 def validate(document: Document, model: type[M]) -> M:
@@ -215,8 +262,8 @@ def validate(document: Document, model: type[M]) -> M:
     raise RequestError(place, problem, "\n        ".join(others))
 
 
-def _value_at(document: Document, location: Location) -> Any:
-    value: Any = document.values
+def _value_at(values: dict[str, Any], location: Location) -> Any:
+    value: Any = values
     for part in location:
         try:
             value = value[part]
@@ -233,7 +280,7 @@ def _looks_like_float(value: object) -> bool:
 
 
 def _explain(document: Document, model: type[Strict], item: Any) -> tuple[str, str]:
-    location: Location = tuple(item["loc"])
+    location: Location = _without_branch(document, tuple(item["loc"]))
     kind, message = item["type"], item["msg"]
     if kind == "extra_forbidden":
         parent = _model_at(model, location[:-1])
@@ -245,9 +292,16 @@ def _explain(document: Document, model: type[Strict], item: Any) -> tuple[str, s
         return document.place(location), "is missing"
     if kind == "value_error":
         return document.place(location), message.removeprefix("Value error, ")
-    value = _value_at(document, location)
+    value = _value_at(document.values, location)
     hint = f". {FLOAT_HINT}" if _looks_like_float(value) else ""
     return document.place(location), f"{value!r}: {message[0].lower()}{message[1:]}{hint}"
+
+
+def _without_branch(document: Document, location: Location) -> Location:
+    """Pydantic ends the place of `int | "latest"` with the branch, which is no field."""
+    leaf = location[:-1]
+    scalar = leaf and not isinstance(_value_at(document.values, leaf), dict | list | type(None))
+    return leaf if scalar else location
 
 
 def _model_at(model: type[Strict], location: Location) -> type[Strict] | None:
@@ -272,7 +326,7 @@ def _model_at(model: type[Strict], location: Location) -> type[Strict] | None:
 def _similar_files(path: Path) -> str:
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist either"
-    names = sorted(p.name for p in path.parent.glob("*" + path.suffix))
+    names = sorted(p.name for p in path.parent.iterdir() if not p.name.startswith("."))
     return f"{path.parent} has {', '.join(names)}" if names else f"{path.parent} is empty"
 
 
@@ -286,16 +340,12 @@ def read_model(name: str) -> Model:
     return validate(read_yaml(repository() / "recipes" / "models" / f"{name}.yaml"), Model)
 
 
-def read_site(name: str) -> Site:
-    """A site's facts by its name: recipes/sites/NAME.yaml."""
-    return validate(read_yaml(repository() / "recipes" / "sites" / f"{name}.yaml"), Site)
-
-
 def read_user() -> User:
     """user.toml at the root of the repository (or where TANREN_USER names it); may be absent."""
-    path = Path(os.environ.get("TANREN_USER") or repository() / "user.toml")
-    if not path.exists():
-        if "TANREN_USER" in os.environ:
+    named = os.environ.get("TANREN_USER")
+    path = Path(named or repository() / "user.toml")
+    if not path.is_file():
+        if named:
             raise RequestError(path, "TANREN_USER names a file that is not there")
         return User()
     try:

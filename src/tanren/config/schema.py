@@ -27,7 +27,7 @@ def _one_key_mapping(value: Any) -> Any:
     """`init: {hf: PATH}` and `init: hf:PATH` say the same."""
     if isinstance(value, dict) and len(value) == 1:
         ((kind, target),) = value.items()
-        return f"{kind}:{target}"
+        return f"{kind}:{target}" if isinstance(target, str) else value
     return value
 
 
@@ -307,10 +307,16 @@ class Export(Strict):
     """A trained checkpoint to a Hugging Face folder, with a generated sample."""
 
     of: StageReference
-    iteration: Annotated[int, Field(ge=0)] | Literal["latest"] = "latest"
+    iteration: Positive | Literal["latest"] = "latest"
     dtype: Literal["bf16", "fp32"] = "bf16"
     prompt: str = ""
     sample_tokens: NonNegative = 0
+
+    @model_validator(mode="after")
+    def _sample_has_a_prompt(self) -> Export:
+        if self.sample_tokens and not self.prompt:
+            raise ValueError("sample_tokens needs a prompt to go on from")
+        return self
 
 
 Recipe = Preprocess | Convert | Midtrain | Export
@@ -323,15 +329,7 @@ STAGES: dict[str, type[Strict]] = {
 }
 
 
-class Site(Strict):
-    """What a site is. For now this machine; the schedulers' sites add their own facts."""
-
-    name: str
-    scheduler: Literal["local"]
-
-
 class User(Strict):
     """user.toml: what is yours and never in a tracked file."""
 
     runs: str | None = None
-    site: str | None = None
