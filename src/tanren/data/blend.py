@@ -61,9 +61,10 @@ def build(
             resumed run reads on where it stopped.
         cache: where the order is kept; rank 0 writes it, the others read.
     """
-    complete = cache / "COMPLETE"
-    rank = torch.distributed.get_rank()
-    if rank == 0 and not complete.exists():
+    sizes = [train_samples, held_out_samples, 0]
+    complete, rank = cache / "COMPLETE", torch.distributed.get_rank()
+    wanted = repr((sources, split, sequence_length, sizes, seed))
+    if rank == 0 and not (complete.exists() and complete.read_text() == wanted):
         # What an interrupted first start left: megatron takes any file that is there for whole.
         shutil.rmtree(cache, ignore_errors=True)
         cache.mkdir(parents=True)
@@ -81,11 +82,15 @@ def build(
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    sizes = [train_samples, held_out_samples, 0]
+    for part, size in enumerate(sizes):
+        if not size:
+            # Not only to save time: megatron-core would look for samples in a part without
+            # documents for ever.
+            config.split_matrix[part] = None
     built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
     torch.distributed.barrier()
     if rank == 0:
-        complete.touch()
+        complete.write_text(wanted)
     return Blend(built[0], built[1] if held_out_samples else None)
 
 
@@ -121,7 +126,12 @@ def batches(
         worker_init_fn=_quiet_worker,
     )
     for batch in loader:
-        yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        # The number of the source that BlendedDataset adds has no sequence dimension to slice.
+        yield {
+            key: value.to(device, non_blocking=True)
+            for key, value in batch.items()
+            if key != "dataset_id"
+        }
 
 
 def _quiet_worker(_: int) -> None:

@@ -18,21 +18,32 @@ from tanren.config.schema import Source
 _SKIPPED = {"test", "tests", "idlelib", "turtledemo", "site-packages", "__pycache__", "pydoc_data"}
 
 
-def documents(source: Source, folder: Path) -> Iterator[str]:
-    """The texts of a source, in a fixed order.
+def documents(source: Source) -> Iterator[str]:
+    """The texts of a source that are not empty, in a fixed order.
 
     Args:
-        source: what the recipe says.
-        folder: relative paths are taken from here (the recipe's folder).
+        source: what the recipe says, its path absolute.
     Raises:
-        RequestError: nothing matches, or a line is not JSON or has no text; file and line named.
+        RequestError: nothing matches, there is no text, or a line is not JSON or has no text;
+            file and line are named.
     """
     if source.python_documentation == "topics":
-        return _topics()
-    if source.python_documentation == "docstrings":
-        return _docstrings()
-    assert source.path is not None
-    return _json_lines(source, folder)
+        texts = _topics()
+    elif source.python_documentation == "docstrings":
+        texts = _docstrings()
+    else:
+        texts = _json_lines(source)
+    empty = True
+    for text in texts:
+        if text:
+            empty = False
+            yield text
+    if empty:
+        raise RequestError(
+            source.path or source.name,
+            f"source {source.name} holds no text: every document is empty or there is none",
+            "check the source's path and text_key",
+        )
 
 
 def _topics() -> Iterator[str]:
@@ -75,15 +86,20 @@ def _docstrings() -> Iterator[str]:
         raise RequestError(root, "holds no sources of the standard library", "use another source")
 
 
-def _json_lines(source: Source, folder: Path) -> Iterator[str]:
+def _json_lines(source: Source) -> Iterator[str]:
     assert source.path is not None
-    pattern = str(folder / Path(source.path).expanduser())
-    paths = [Path(name) for name in sorted(glob.glob(pattern))]
+    paths = [Path(name) for name in sorted(glob.glob(source.path))]
     if not paths:
         raise RequestError(
-            pattern, f"no file of source {source.name} is there", "check the source's path"
+            source.path, f"no file of source {source.name} is there", "check the source's path"
         )
     for path in paths:
+        if not path.is_file():
+            raise RequestError(
+                path,
+                f"is not a file, and source {source.name} needs one",
+                "name the .jsonl files, such as FOLDER/*.jsonl",
+            )
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
@@ -96,7 +112,11 @@ def _text_of(line: bytes, key: str, place: str) -> str:
     except orjson.JSONDecodeError as error:
         raise RequestError(place, f"is not JSON: {error}", "mend or remove the line") from None
     if not isinstance(value, dict) or not isinstance(value.get(key), str):
-        keys = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+        keys = type(value).__name__
+        if isinstance(value, dict):
+            keys = ", ".join(value) or "no keys"
+            if key in value:
+                keys = f"{type(value[key]).__name__} there"
         raise RequestError(
             place,
             f"has no text under {key!r}; it has {keys}",

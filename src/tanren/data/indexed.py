@@ -95,7 +95,9 @@ def check(prefix: Path) -> Counts:
         head = file.read(len(_MAGIC) + _HEADER.size)
         if not head.startswith(_MAGIC) or len(head) < len(_MAGIC) + _HEADER.size:
             raise RequestError(idx, "is not a Megatron index (its first bytes differ)", again)
-        _, code, sequences, marks = _HEADER.unpack(head[len(_MAGIC) :])
+        version, code, sequences, marks = _HEADER.unpack(head[len(_MAGIC) :])
+        if version != 1:
+            raise RequestError(idx, f"is version {version}; known is 1", again)
         if code not in _TYPES:
             raise RequestError(idx, f"holds tokens of type {code}; known are 4 and 8", again)
         expected = len(head) + sequences * (4 + 8) + marks * 8

@@ -90,6 +90,8 @@ def _special_tokens(folder: Path) -> dict[str, str]:
             values: dict[str, Any] = orjson.loads(path.read_bytes())
         except orjson.JSONDecodeError as error:
             raise RequestError(path, f"is not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise RequestError(path, "is not a JSON object", "fetch the tokenizer again")
         for key in ("bos_token", "eos_token"):
             value = values.get(key)
             if isinstance(value, dict):
