@@ -89,17 +89,18 @@ def write_file_list(checkpoint: Path) -> None:
     write_json(checkpoint / CHECKPOINT_FILES, sizes)
 
 
-def checkpoint_problem(checkpoint: Path) -> str | None:
+def checkpoint_problem(checkpoint: Path, *, foreign: bool = False) -> str | None:
     """What is wrong with a checkpoint folder; None when every file has its whole size.
 
-    Checkpoints of others carry no list of files: for those the two files that megatron-core
-    itself cannot do without are looked for.
+    Args:
+        foreign: it may be Megatron-LM's, which lists no files: the two without which megatron-core
+            cannot read are looked for then.
     """
     listed = checkpoint / CHECKPOINT_FILES
     if not listed.exists():
-        if checkpoint.name.startswith("iter_") and (checkpoint / "metadata.json").exists():
-            return None if (checkpoint / ".metadata").exists() else "the file .metadata is missing"
-        return f"the file {CHECKPOINT_FILES} is missing"
+        needed = ("metadata.json", ".metadata") if foreign else (CHECKPOINT_FILES,)
+        absent = [name for name in needed if not (checkpoint / name).exists()]
+        return f"the file {absent[0]} is missing" if absent else None
     for name, size in read_json(listed).items():
         file = checkpoint / name
         if not file.exists():

@@ -30,6 +30,8 @@ MAX_SHARD_BYTES = 5 * 10**9
 def locate(source: str) -> Path:
     """The local folder of a Hugging Face model: a path as it is, a repository from the hub.
 
+    Args:
+        source: a path, `owner/name`, or `owner/name@revision`.
     Raises:
         RequestError: there is no such folder and the hub cannot be asked.
     """
@@ -40,10 +42,13 @@ def locate(source: str) -> Path:
         raise RequestError(path, "there is no such folder", "check the path of the base model")
     import huggingface_hub
 
+    name, _, revision = source.partition("@")
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                source, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]
+                name,
+                revision=revision or None,
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"],
             )
         )
     except Exception as error:  # the hub's client raises many kinds for one thing
@@ -196,7 +201,8 @@ def write_settings(
     """
     name = {torch.bfloat16: "bfloat16", torch.float32: "float32"}[dtype]
     config = read_config(source) if source else llama.config_of(model)
-    for key in ("dtype", "torch_dtype"):
+    # What the base says of its own weights, or of code that lies beside them, is not true of these.
+    for key in ("dtype", "torch_dtype", "quantization_config", "auto_map"):
         config.pop(key, None)
     config["torch_dtype"] = name
     generation: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from tanren.config.errors import RequestError
 from tanren.config.schema import Model, RopeScaling
@@ -190,6 +191,11 @@ def model_of(config: dict[str, Any], place: object) -> Model:
         )
     except KeyError as error:
         raise RequestError(place, f"states no {error.args[0]}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        what = first["msg"].removeprefix("Value error, ")
+        raise RequestError(place, f"{field}: {what}" if field else what) from None
 
 
 def _rope_scaling(rope: dict[str, Any], place: object) -> RopeScaling | None:

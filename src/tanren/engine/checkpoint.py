@@ -36,6 +36,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 from tanren import runs
 from tanren.config.errors import RequestError, WorkError
@@ -46,6 +47,7 @@ from tanren.plan.paths import PARTIAL, RunFolder
 # What fresh files of Transformer Engine hold beside the weights: FP8 scales. A base that was
 # converted, or saved without FP8, has none.
 _OPTIONAL = "_extra_state"
+_WRITER_DIED = "a writer process was killed (is the node out of memory?)"
 
 
 @dataclass
@@ -144,6 +146,10 @@ class Saver:
     def save(self, state: TrainingState) -> None:
         """Start writing a checkpoint. Every rank calls this; training goes on at once."""
         self.wait()
+        if state.model.ddp_config.overlap_param_gather:
+            # The last step's weights are still with the ranks that updated them: the next forward
+            # pass would gather them, and the checkpoint must not be written before.
+            state.model.start_param_sync(force_sync=True)
         partial = self._partial(state.iteration)
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -185,6 +191,15 @@ class Saver:
         self.wait()
         self.queue.close()
 
+    def abort(self) -> None:
+        """End the writer whatever it is doing: the run has failed, and its process must end."""
+        self.writing = None
+        for call in self.queue.async_calls:
+            call.async_caller.close(abort=True)
+        # Left in the queue, a call's destructor would wait for a process that is gone.
+        self.queue.async_calls.clear()
+        self.queue.close(abort=True)
+
     def _partial(self, iteration: int) -> Path:
         final = self.folder.checkpoint(iteration)
         return final.with_name(final.name + PARTIAL)
@@ -194,7 +209,7 @@ class Saver:
             partial, final = self._partial(iteration), self.folder.checkpoint(iteration)
             runs.write_file_list(partial)
             if final.exists():
-                shutil.rmtree(final)
+                _remove(final)
             os.replace(partial, final)
             runs.write_atomic(self.folder.latest, f"{iteration}".encode())
             self._prune(iteration)
@@ -204,7 +219,7 @@ class Saver:
         """Remove the oldest checkpoints; iteration 0, the base, stays."""
         trained = [i for i in runs.iterations(self.folder) if 0 < i <= newest]
         for iteration in trained[: -self.keep_last]:
-            shutil.rmtree(self.folder.checkpoint(iteration), ignore_errors=True)
+            _remove(self.folder.checkpoint(iteration))
 
     def _refuse_dead_writer(self) -> None:
         """End a save whose writer was killed: megatron-core would wait for it for ever.
@@ -215,7 +230,11 @@ class Saver:
         if not self.queue.async_calls:
             return
         process = self.queue.async_calls[0].async_caller.process
-        if process is None or not process.is_alive():
+        if process is None:
+            return
+        if not process.is_alive():
+            if self.queue.persistent:
+                raise RuntimeError(_WRITER_DIED)
             return
         try:
             children = psutil.Process(process.pid).children()
@@ -228,8 +247,7 @@ class Saver:
         now = time.monotonic()
         self._idle_since = self._idle_since or now
         if now - self._idle_since > 20:
-            process.kill()
-            raise RuntimeError("a writer process was killed (is the node out of memory?)")
+            raise RuntimeError(_WRITER_DIED)
 
     def _errors(self, iteration: int) -> _SaveErrors:
         return _SaveErrors(self._partial(iteration), self.folder)
@@ -263,7 +281,9 @@ class _SaveErrors:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, OSError | RuntimeError | CheckpointingException):
+        if not isinstance(
+            error, OSError | RuntimeError | CheckpointingException | CheckpointException
+        ):
             return
         reason = _disk_problem(error)
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -272,21 +292,34 @@ class _SaveErrors:
         raise WorkError(
             self.partial.with_suffix(""),
             f"the checkpoint could not be written: {reason}",
-            f"mend that and run the same command again: it {rest}",
+            f"make room, or mend what it says, and run the same command again: it {rest}",
         ) from error
 
 
 def _disk_problem(error: BaseException) -> str:
     """The reason of a failed save in a person's words, from anywhere in the chain of causes."""
-    text = f"{error!r}"
+    text = f"{error!r} {error}"
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
         if os.strerror(code) in text or f"Errno {code}]" in text:
             return os.strerror(code)
+    if "unexpected pos" in text:
+        # torch's archive writer noticed first; the system's own word is lost.
+        return "the disk took fewer bytes than were written: it is full, or over its quota"
     cause = error.__cause__ or error.__context__
     if cause is not None and cause is not error:
         return _disk_problem(cause)
+    if isinstance(error, CheckpointException) and not error.failures:
+        return "another rank could not write its part"
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint so that a kill half-way leaves nothing under its final name."""
+    going = checkpoint.with_name(checkpoint.name + ".old" + PARTIAL)
+    shutil.rmtree(going, ignore_errors=True)
+    os.replace(checkpoint, going)
+    shutil.rmtree(going, ignore_errors=True)
 
 
 def load_base(model: DistributedDataParallel, checkpoint: Path, recipe_file: str) -> None:

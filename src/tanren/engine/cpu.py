@@ -8,7 +8,6 @@ layout, so that a checkpoint moves between CPU and GPU. Drop what megatron-core 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -136,9 +135,6 @@ def install() -> None:
     global _mode
     if _mode is not None:
         return
-    # TE and Apex are not here, and that is as it should be.
-    warnings.filterwarnings("ignore", message=".*Transformer Engine.*")
-    warnings.filterwarnings("ignore", message=".*Apex.*")
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU
     cuda.set_device = lambda device: None

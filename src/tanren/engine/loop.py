@@ -130,7 +130,12 @@ def train(
         while state.iteration < budget.steps:
             began = time.perf_counter()
             rate = float(state.optimizer.param_groups[0]["lr"])
-            loss, grad_norm, stopping = _step(state, data, budget, device, stop)
+            try:
+                loss, grad_norm, stopping = _step(state, data, budget, device, stop)
+            except WorkError:
+                # Every rank is here alike: the checkpoint that is being written is still whole.
+                saver.close()
+                raise
             state.iteration += 1
             seconds = time.perf_counter() - began
             _record(state, budget, metrics, loss, rate, grad_norm, seconds, device)
@@ -148,9 +153,12 @@ def train(
                 gc.collect()
             if stopping:
                 break
+        saver.close()
+    except BaseException:
+        saver.abort()
+        raise
     finally:
         gc.enable()
-    saver.close()
     assert saved == state.iteration
     if state.iteration < budget.steps:
         return Outcome(state.iteration, stop.reason or "another rank")
@@ -187,8 +195,16 @@ def _step(
             "the last checkpoint is from before; lower optimizer.lr or look at the data",
         )
     _, grad_norm, _ = state.optimizer.step()
+    if not math.isfinite(grad_norm):
+        # The weights are spoilt by now, so they must not be saved. The norm is the same on every
+        # rank; bf16 has no loss scaler that would skip the step.
+        raise WorkError(
+            f"step {state.iteration + 1}",
+            f"the gradient norm is {grad_norm}",
+            "the last checkpoint is from before; lower optimizer.lr or look at the data",
+        )
     state.schedule.step(increment=budget.global_batch)
-    return loss, float(grad_norm or 0.0), stopping
+    return loss, float(grad_norm), stopping
 
 
 def _mean_loss(
@@ -198,7 +214,7 @@ def _mean_loss(
     total = torch.zeros(3, dtype=torch.float64, device=device)
     # The last pipeline stage has the losses; its tensor-parallel ranks have them alike.
     if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
-        total[:2] = torch.stack(reports).sum(0).double()
+        total[:2] = torch.stack(reports).double().sum(0)
     total[2] = float(stopping)
     dist.all_reduce(total)
     loss_sum, tokens, stops = total.tolist()

@@ -10,7 +10,9 @@ import importlib
 import logging
 import os
 import sys
+import time
 import traceback
+import warnings
 from pathlib import Path
 
 from tanren import runs
@@ -29,6 +31,11 @@ def main(arguments: list[str]) -> int:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
+    if not os.environ.get("TANREN_DEBUG"):
+        # What torch and megatron-core say of themselves hides what a person looks for in a log.
+        warnings.simplefilter("ignore")
+        logging.getLogger("megatron").setLevel(logging.WARNING)
+        logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     folder = RunFolder(plan_file.parent)
     try:
         plan = read_plan(plan_file)
@@ -42,7 +49,9 @@ def main(arguments: list[str]) -> int:
         traceback.print_exc()
         _leave(folder, error)
         return error.exit_code
-    except Exception as error:  # nothing may end without a word in the run folder
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # nothing may end without a word; torch has some of these, too
         traceback.print_exc()
         _leave(folder, _unforeseen(folder, error, attempt))
         return 1
@@ -50,7 +59,15 @@ def main(arguments: list[str]) -> int:
 
 
 def _leave(folder: RunFolder, error: TanrenError) -> None:
-    """Write FAILED; the first rank to fail has the reason, the others fail because of it."""
+    """Write FAILED; one rank has the reason, and the others fail because of it.
+
+    When all fail at once, the first has it. When another fails alone, the first notices only when
+    that one ends, which is after it has written.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        deadline = time.monotonic() + 3
+        while not folder.failed.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
     if not folder.failed.exists():
         try:
             runs.mark_failed(folder, error)
@@ -58,7 +75,7 @@ def _leave(folder: RunFolder, error: TanrenError) -> None:
             traceback.print_exc()
 
 
-def _unforeseen(folder: RunFolder, error: Exception, attempt: int) -> TanrenError:
+def _unforeseen(folder: RunFolder, error: BaseException, attempt: int) -> TanrenError:
     if isinstance(error, OSError) and error.errno:
         return WorkError(
             error.filename or folder.root,

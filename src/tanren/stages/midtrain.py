@@ -88,7 +88,7 @@ def _data(plan: MidtrainPlan) -> blend.Blend:
             )
     tokenizer = tokenizers.read(RunFolder(Path(plan.data)).tokenizer)
     check_vocabulary(plan.recipe_file, plan.model, tokenizer.size, tokenizer.folder)
-    if plan.hf_source is not None:
+    if plan.hf_source is not None and dist.get_rank() == 0:
         base = hf.locate(plan.hf_source) if plan.start.startswith("hf:") else Path(plan.hf_source)
         check_tokenizers(base, str(tokenizer.folder), plan.recipe_file)
     evaluation = plan.recipe.evaluation
@@ -140,9 +140,9 @@ def _start(plan: MidtrainPlan, state: TrainingState, folder: RunFolder) -> None:
                 f"{checkpoint} is not a torch_dist checkpoint",
                 "name the folder that holds .metadata and metadata.json, such as .../iter_0000500",
             )
-        problem = runs.checkpoint_problem(checkpoint)
+        problem = runs.checkpoint_problem(checkpoint, foreign=True)
         if problem:
-            raise RequestError(checkpoint, problem, "make the base again")
+            raise RequestError(checkpoint, problem, "make the base again, or fetch it again")
         logger.info("starting from %s", checkpoint)
         load_base(state.model, checkpoint, plan.recipe_file)
     # The optimizer keeps fp32 copies of the weights: take those that were just loaded.

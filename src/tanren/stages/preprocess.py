@@ -26,11 +26,10 @@ _BATCH = 256
 def run(plan: PreprocessPlan, attempt: int) -> None:
     """Make the run folder's `tokenizer/` and `tokens/`."""
     recipe, folder = plan.recipe, plan.folder
-    recipe_folder = Path(plan.recipe_file).parent
     for made in (folder.tokens, folder.tokenizer):
         shutil.rmtree(made, ignore_errors=True)
     folder.tokens.mkdir(parents=True)
-    tokenizer = _tokenizer(recipe, recipe_folder, folder)
+    tokenizer = _tokenizer(recipe, folder)
     if recipe.prepend_bos and tokenizer.bos is None:
         raise RequestError(
             f"{plan.recipe_file}: prepend_bos",
@@ -42,7 +41,7 @@ def run(plan: PreprocessPlan, attempt: int) -> None:
         runs.append_line(
             folder.metrics, {"doing": source.name, "done": number, "total": len(recipe.sources)}
         )
-        sources.append(_tokenize(source, recipe, recipe_folder, tokenizer, folder))
+        sources.append(_tokenize(source, recipe, tokenizer, folder))
     tokens = sum(source["tokens"] for source in sources)
     seconds = time.monotonic() - began
     logger.info("%d tokens in %.1f s", tokens, seconds)
@@ -60,15 +59,15 @@ def run(plan: PreprocessPlan, attempt: int) -> None:
     )
 
 
-def _tokenizer(recipe: Preprocess, recipe_folder: Path, folder: RunFolder) -> tokenizers.Tokenizer:
+def _tokenizer(recipe: Preprocess, folder: RunFolder) -> tokenizers.Tokenizer:
     """The tokenizer, with its files in the run folder: later stages take it from there."""
     if recipe.tokenizer.train is not None:
         size = recipe.tokenizer.train.vocabulary_size
         logger.info("training a tokenizer of %d pieces", size)
-        texts = (text for source in recipe.sources for text in documents(source, recipe_folder))
+        texts = (text for source in recipe.sources for text in documents(source))
         return tokenizers.train(texts, size, folder.tokenizer)
     assert recipe.tokenizer.path is not None
-    original = recipe_folder / Path(recipe.tokenizer.path).expanduser()
+    original = Path(recipe.tokenizer.path)
     tokenizers.read(original)
     tokenizers.copy(original, folder.tokenizer)
     return tokenizers.read(folder.tokenizer)
@@ -77,18 +76,11 @@ def _tokenizer(recipe: Preprocess, recipe_folder: Path, folder: RunFolder) -> to
 def _tokenize(
     source: Source,
     recipe: Preprocess,
-    recipe_folder: Path,
     tokenizer: tokenizers.Tokenizer,
     folder: RunFolder,
 ) -> dict[str, Any]:
     prefix = folder.tokens_of(source.name)
-    counts = indexed.write(prefix, _ids(source, recipe, recipe_folder, tokenizer), tokenizer.size)
-    if counts.tokens == 0:
-        raise RequestError(
-            f"source {source.name}",
-            "holds no text: every document is empty or there is none",
-            "check the source's path and text_key",
-        )
+    counts = indexed.write(prefix, _ids(source, recipe, tokenizer), tokenizer.size)
     logger.info("%s: %d documents, %d tokens", source.name, counts.documents, counts.tokens)
     return {
         "name": source.name,
@@ -99,11 +91,11 @@ def _tokenize(
 
 
 def _ids(
-    source: Source, recipe: Preprocess, recipe_folder: Path, tokenizer: tokenizers.Tokenizer
+    source: Source, recipe: Preprocess, tokenizer: tokenizers.Tokenizer
 ) -> Iterator[list[int]]:
     head = [tokenizer.bos] if recipe.prepend_bos and tokenizer.bos is not None else []
     tail = [tokenizer.eod] if recipe.append_eod else []
-    for texts in _batched(documents(source, recipe_folder)):
+    for texts in _batched(documents(source)):
         for ids in tokenizer.encode(texts):
             if ids:
                 yield head + ids + tail
