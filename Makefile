@@ -8,7 +8,7 @@ options = $(if $(VARIANT),--variant '$(VARIANT)') $(if $(NAME),--name '$(NAME)')
 iteration = $(if $(ITER),--set 'iteration=$(ITER)')
 recipe = recipes/$(TASK)/$@.yaml
 
-.PHONY: help setup preprocess convert midtrain export plan test check bench
+.PHONY: help setup preprocess convert midtrain export plan test check
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,8 +17,11 @@ help: ## this list
 setup: ## .venv with pinned dependencies (HOST_ONLY=1: the login node's half)
 	@bin/setup $(if $(HOST_ONLY),host,engine)
 
-preprocess convert: ## text to tokens; a base to a checkpoint
-	@bin/setup engine && bin/tanren $@ $(recipe) $(options) --needs
+preprocess: ## text to tokens: tokenizer, Megatron .bin and .idx
+	@bin/setup engine && bin/tanren preprocess $(recipe) $(options)
+
+convert: ## a Hugging Face base to a megatron-core checkpoint
+	@bin/setup engine && bin/tanren convert $(recipe) $(options) --needs
 
 midtrain: ## continued pre-training, with what it stands on and the export
 	@bin/setup engine && bin/tanren midtrain $(recipe) $(options) --needs --then export

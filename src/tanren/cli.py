@@ -59,7 +59,7 @@ _stage_verb("midtrain", "Continued pre-training. The same command again goes on 
 _stage_verb("export", "A checkpoint to a Hugging Face folder.")
 
 
-@app.command(epilog="Example: bin/tanren plan recipes/tiny/midtrain.yaml --set steps=10")
+@app.command(epilog="Example: bin/tanren plan recipes/tiny/midtrain.yaml --set steps=400")
 def plan(recipe: RecipeFile, variant: Variant = None, name: Name = None, set_: Sets = None) -> None:
     """Print what a stage would do, and change nothing."""
     from tanren.config.errors import RequestError
@@ -102,7 +102,8 @@ def _run(
     order = Order(recipe, variant, name, tuple(assignments))
     _stage(order, needs, screen)
     if then is not None:
-        _stage(Order(recipe.with_name(f"{then}.yaml"), variant, name), False, screen)
+        after = Order(recipe.with_name(f"{then}.yaml"), variant, name, plain_if_absent=True)
+        _stage(after, False, screen)
 
 
 def _stage(order: Order, needs: bool, screen: Console) -> None:

@@ -105,8 +105,8 @@ def test_a_layout_that_the_gpus_cannot_hold_is_refused(layout: Layout, message: 
 
 
 def test_sources_weigh_their_tokens_times_their_ratio() -> None:
-    counts = (SourceCount("web", "/web", 3_000), SourceCount("math", "/math", 1_000))
-    web, math = make_mix(counts, {"math": 2.0}, "80,20,0", 4_000, "r")
+    counts = (SourceCount("web", "/web", 3_000, 30), SourceCount("math", "/math", 1_000, 10))
+    web, math = make_mix(counts, {"math": 2.0}, "80,20,0", 4_000, "r", held_out=True)
     assert (web.weight, math.weight) == (pytest.approx(0.6), pytest.approx(0.4))
     # 2,400 tokens of web's training part of 2,400; 1,600 of math's 800.
     assert (web.epochs, math.epochs) == (pytest.approx(1.0), pytest.approx(2.0))
@@ -114,7 +114,34 @@ def test_sources_weigh_their_tokens_times_their_ratio() -> None:
 
 def test_a_ratio_for_no_source_is_refused() -> None:
     with pytest.raises(RequestError) as refused:
-        make_mix((SourceCount("web", "/web", 5),), {"wbe": 1.0}, "1,0,0", 5, "r")
+        make_mix((SourceCount("web", "/web", 5, 1),), {"wbe": 1.0}, "1,0,0", 5, "r", held_out=False)
     assert refused.value.text() == (
         "r: mix.wbe: names no source of the data.\n  next: the sources are web"
     )
+
+
+@pytest.mark.parametrize(
+    ("documents", "split", "held_out", "problem"),
+    [
+        (
+            100,
+            "998,1,1",
+            True,
+            "998,1,1 leaves none of the 100 documents of source web to hold out",
+        ),
+        (100, "998,1,1", False, None),
+        (1000, "998,1,1", True, None),
+        (4, "1,99,0", False, "1,99,0 leaves none of the 4 documents of source web to train on"),
+    ],
+)
+def test_a_split_without_documents_is_refused(
+    documents: int, split: str, held_out: bool, problem: str | None
+) -> None:
+    counts = (SourceCount("web", "/web", 9_000, documents),)
+    if problem is None:
+        make_mix(counts, None, split, 100, "r", held_out=held_out)
+        return
+    with pytest.raises(RequestError) as refused:
+        make_mix(counts, None, split, 100, "r", held_out=held_out)
+    assert refused.value.place == "r: split"
+    assert refused.value.problem == problem

@@ -47,8 +47,8 @@ DATA = product(
         "identity": "d",
         "vocabulary_size": 2048,
         "sources": [
-            {"name": "reference", "tokens": 190_000},
-            {"name": "docstrings", "tokens": 210_000},
+            {"name": "reference", "tokens": 190_000, "documents": 80},
+            {"name": "docstrings", "tokens": 210_000, "documents": 500},
         ],
     },
 )
@@ -159,7 +159,7 @@ def test_a_tokenizer_with_more_pieces_than_rows_names_both_sides(stage: str) -> 
 def test_the_machine_decides_processes_and_automatic_precision(
     machine: Machine, precision: str, processes: int, device: str
 ) -> None:
-    plan = midtrain("micro_batch=1", machine=machine)
+    plan = midtrain("micro_batch=1", "layout.data=null", machine=machine)
     assert plan.precision == precision
     assert (plan.launch.processes, plan.launch.device) == (processes, device)
 
@@ -170,10 +170,10 @@ def test_only_what_does_not_change_the_result_may_change() -> None:
     fixed = ["optimizer.lr=1.0e-4", "global_batch=16", "steps=321", "seed=2", "split='90,10,0'",
              "mix={reference: 2.0}", "schedule.warmup_steps=2", "precision=bf16"]  # fmt: skip
     for assignment in fixed:
-        assert midtrain().identity != midtrain(assignment).identity, assignment
+        assert midtrain().settings != midtrain(assignment).settings, assignment
     other_data = replace(DATA, result={**(DATA.result or {}), "identity": "other"})
     products = {"preprocess": other_data, "convert": BASE}
-    assert midtrain(products=products).identity != midtrain().identity
+    assert midtrain(products=products).settings != midtrain().settings
 
 
 def test_differences_name_each_field_with_both_values() -> None:

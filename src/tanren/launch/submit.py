@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import orjson
 
 from tanren import provenance, runs
 from tanren.config.errors import RequestError, TanrenError
-from tanren.config.load import read_model, read_recipe, read_user, repository
+from tanren.config.load import read_model, read_recipe, read_user, recipe_path, repository
 from tanren.config.schema import Convert, Midtrain
-from tanren.launch import local
+from tanren.launch import inputs, local
 from tanren.launch.machine import this_machine
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import (
@@ -39,6 +41,8 @@ class Order:
     variant: str | None = None
     name: str | None = None
     assignments: tuple[str, ...] = ()
+    # The recipe of the variant may be absent: a stage that follows another has seldom one.
+    plain_if_absent: bool = False
 
     def command(self, verb: str) -> str:
         """This order as a command that can be pasted."""
@@ -67,7 +71,12 @@ def runs_root() -> Path:
 def read_request(order: Order) -> Request:
     """Read every file that an order names, and what its inputs look like on disk."""
     path = order.recipe_file.resolve()
-    stage, recipe = read_recipe(path, order.variant, list(order.assignments))
+    _check_names(order)
+    variant = order.variant
+    if order.plain_if_absent and not recipe_path(path, variant).exists():
+        variant = None
+    stage, recipe = read_recipe(path, variant, list(order.assignments))
+    recipe = inputs.with_absolute_paths(recipe, path.parent)
     model = read_model(recipe.model) if isinstance(recipe, Convert | Midtrain) else None
     request = Request(
         task=path.parent.name,
@@ -79,24 +88,63 @@ def read_request(order: Order) -> Request:
         variant=order.variant,
         name=order.name,
         model=model,
+        inputs=inputs.marks(recipe),
     )
     products = {}
     for wanted in references(recipe):
         name = reference(wanted, order.variant, order.name)
-        products[name] = read_product(RunFolder(request.runs / request.task / name))
+        folder = RunFolder(request.runs / request.task / name)
+        if folder == request.folder:
+            raise RequestError(
+                path,
+                f"{wanted} is this run itself",
+                "name another run (stage:midtrain-NAME), or checkpoint:PATH",
+            )
+        products[name] = read_product(folder)
     return replace(request, products=products)
 
 
 def read_product(folder: RunFolder) -> Product:
     """What another stage's run folder holds."""
     started = runs.read_json(folder.plan)
+    stage = stage_of(folder.root.name)
     return Product(
-        stage=stage_of(folder.root.name),
+        stage=stage,
         folder=folder,
-        result=runs.result_of(folder),
+        result=_made(folder, stage),
         started=digest(started["settings"]) if started else None,
         iterations=tuple(i for i in runs.iterations(folder) if i > 0),
     )
+
+
+def _made(folder: RunFolder, stage: str) -> dict[str, Any] | None:
+    """What a finished run made, as long as it is still there.
+
+    A training run whose checkpoints were removed to save room stays done.
+    """
+    result = runs.result_of(folder)
+    if result is None:
+        return None
+    there = {
+        "preprocess": folder.tokenizer.is_dir() and folder.tokens.is_dir(),
+        "convert": folder.checkpoint(0).is_dir() and Path(result.get("hf", "/")).is_dir(),
+        "export": Path(result.get("hf", "")).is_dir(),
+    }
+    return result if there.get(stage, True) else None
+
+
+def _check_names(order: Order) -> None:
+    """Variant and name become parts of a folder's name, from which both can be read back."""
+    for option, value, allowed in (
+        ("--variant", order.variant, r"[A-Za-z0-9_][A-Za-z0-9_.]*"),
+        ("--name", order.name, r"[A-Za-z0-9_][A-Za-z0-9_.-]*"),
+    ):
+        if value is not None and not re.fullmatch(allowed, value):
+            raise RequestError(
+                f"{option} {value}",
+                "cannot be part of a folder's name",
+                "use letters, digits, _ and . (in a name - as well)",
+            )
 
 
 def missing(order: Order, request: Request) -> list[Order]:
@@ -149,19 +197,30 @@ def look(plan: Plan) -> Start:
     folder = plan.folder
     if folder.plan.exists():
         before = read_plan(folder.plan)
-        changed = differences(before.settings, plan.settings)
-        begun = folder.done.exists() or bool(runs.iterations(folder))
+        changed = differences(before.settings, _comparable(before.settings, plan.settings))
+        done = _made(folder, plan.stage) is not None
+        begun = done or bool(runs.iterations(folder))
         # A finished export of an earlier checkpoint is no obstacle to the next one.
         if changed and begun and not isinstance(plan, ExportPlan):
-            state = "was made" if folder.done.exists() else "was begun"
+            state = "was made" if done else "was begun"
             raise RequestError(
                 folder.root,
                 f"{state} with other settings: {'; '.join(changed[:6])}",
                 f"give the new run a name (NAME=... or --name), or rm -r {folder.root}",
             )
-        if folder.done.exists() and not changed:
+        if done and not changed:
             return Start(plan, True, None)
     return Start(plan, False, runs.latest_checkpoint(folder))
+
+
+def _comparable(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """These settings, with what is not there any more taken to be what it was."""
+    was = before.get("inputs", {})
+    kept = {
+        key: was.get(key) if value is None else value
+        for key, value in now.get("inputs", {}).items()
+    }
+    return {**now, "inputs": kept} if "inputs" in now else now
 
 
 def start(
@@ -175,6 +234,8 @@ def start(
     folder = plan.folder
     folder.root.mkdir(parents=True, exist_ok=True)
     with runs.locked(folder.lock) as lock:
+        if look(plan).done:
+            return None  # by a command that ended between our look and our lock
         folder.done.unlink(missing_ok=True)
         value = orjson.loads(plan.model_dump_json())
         runs.write_json(folder.plan, value)

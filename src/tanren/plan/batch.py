@@ -46,6 +46,7 @@ class SourceCount:
     name: str
     prefix: str
     tokens: int
+    documents: int
 
 
 def data_parallel_size(layout: Layout, gpus: int, place: str) -> int:
@@ -54,7 +55,9 @@ def data_parallel_size(layout: Layout, gpus: int, place: str) -> int:
         needed = layout.data * layout.model_parallel
         if gpus and needed > gpus:
             raise RequestError(
-                f"{place}: layout", f"needs {needed} processes, and there are {gpus} GPUs"
+                f"{place}: layout",
+                f"needs {needed} processes, and there are {gpus} GPUs",
+                "use a smaller layout, or leave layout.data out",
             )
         return layout.data
     if not gpus:
@@ -107,12 +110,15 @@ def make_mix(
     split: str,
     tokens: int,
     place: str,
+    *,
+    held_out: bool,
 ) -> tuple[SourceShare, ...]:
     """Weights and epochs of each source.
 
     A source weighs its token count times its ratio (1 where the mix does not name it). The epochs
     are over the training split, taken as its share of the tokens (Megatron splits by documents).
     """
+    _check_split(counts, split, held_out, place)
     ratios = ratios or {}
     names = [count.name for count in counts]
     for name in ratios:
@@ -141,3 +147,25 @@ def make_mix(
             )
         )
     return tuple(shares)
+
+
+def _check_split(counts: tuple[SourceCount, ...], split: str, held_out: bool, place: str) -> None:
+    """Refuse a split that leaves a source without a document in a part that is read.
+
+    megatron-core cuts each source by documents, and would look for samples in an empty part for
+    ever. The rounding is its own.
+    """
+    parts = [float(part) for part in split.split(",")]
+    ends = [sum(parts[: number + 1]) / sum(parts) for number in range(len(parts))]
+    for count in counts:
+        training = round(ends[0] * count.documents)
+        evaluation = round(ends[1] * count.documents) - training
+        problem = "to train on" if not training else "to hold out" if not evaluation else None
+        if problem is None or (problem == "to hold out" and not held_out):
+            continue
+        raise RequestError(
+            f"{place}: split",
+            f"{split} leaves none of the {count.documents} documents of source {count.name} "
+            f"{problem}",
+            "give that part a larger share, leave the source out, or leave out the evaluation",
+        )

@@ -86,6 +86,8 @@ class Request:
     name: str | None = None
     model: Model | None = None
     products: Mapping[str, Product] = field(default_factory=dict)
+    # A mark of each file that the recipe names, by its part in the recipe.
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> RunFolder:
@@ -116,11 +118,6 @@ class PlanBase(Strict):
     @property
     def folder(self) -> RunFolder:
         return RunFolder(Path(self.run))
-
-    @property
-    def identity(self) -> str:
-        """A digest of the settings."""
-        return digest(self.settings)
 
 
 class PreprocessPlan(PlanBase):
@@ -230,7 +227,9 @@ def make_plan(request: Request) -> Plan:
     if isinstance(recipe, Preprocess):
         return PreprocessPlan(
             **_common(
-                request, _settings(recipe), Launch(torchrun=False, processes=1, device="cpu")
+                request,
+                _settings(recipe) | {"inputs": dict(request.inputs)},
+                Launch(torchrun=False, processes=1, device="cpu"),
             ),
             recipe=recipe,
         )
@@ -258,22 +257,31 @@ def _settings(recipe: Strict, *, without: tuple[str, ...] = ()) -> dict[str, Any
     return {key: value for key, value in dumped.items() if key not in without}
 
 
-def _product(request: Request, stage_reference: str) -> Product:
-    return request.products[reference(stage_reference, request.variant, request.name)]
+def _product(request: Request, stage_reference: str, *stages: str) -> Product:
+    """The product that a recipe refers to, which must be of one of these stages."""
+    product = request.products[reference(stage_reference, request.variant, request.name)]
+    if product.stage not in stages:
+        raise RequestError(
+            request.recipe_file,
+            f"{stage_reference} is a {product.stage} stage",
+            f"here it must be {' or '.join(f'stage:{stage}' for stage in stages)}",
+        )
+    return product
 
 
 def _convert_plan(request: Request, recipe: Convert) -> ConvertPlan:
     assert request.model is not None
-    settings = _settings(recipe) | {"shape": _settings(request.model)}
+    inputs: dict[str, Any] = dict(request.inputs)
     tokenizer = None
     if recipe.tokenizer is not None:
-        product = _product(request, recipe.tokenizer)
+        product = _product(request, recipe.tokenizer, "preprocess")
         tokenizer = str(product.folder.tokenizer)
-        settings["inputs"] = {"tokenizer": product.identity}
+        inputs["tokenizer"] = product.identity
         if product.result:
             check_vocabulary(
                 request.recipe_file, request.model, product.result["vocabulary_size"], tokenizer
             )
+    settings = _settings(recipe) | {"shape": _settings(request.model), "inputs": inputs}
     return ConvertPlan(
         **_common(request, settings, Launch(torchrun=False, processes=1, device="cpu")),
         recipe=recipe,
@@ -310,22 +318,28 @@ def _midtrain_plan(request: Request, recipe: Midtrain) -> MidtrainPlan:
         raise RequestError(
             f"{place}: sequence_length",
             f"{recipe.sequence_length} is over the model's max_positions {model.max_positions}",
+            f"use at most {model.max_positions}, or a model that was trained for more",
         )
 
-    data = _product(request, recipe.data)
+    data = _product(request, recipe.data, "preprocess")
     sources = None
     if data.result:
         check_vocabulary(place, model, data.result["vocabulary_size"], data.folder.tokenizer)
         counts = tuple(
-            SourceCount(s["name"], str(data.folder.tokens_of(s["name"])), s["tokens"])
+            SourceCount(
+                s["name"], str(data.folder.tokens_of(s["name"])), s["tokens"], s["documents"]
+            )
             for s in data.result["sources"]
         )
-        sources = make_mix(counts, recipe.mix, recipe.split, batch.tokens, place)
+        sources = make_mix(
+            counts, recipe.mix, recipe.split, batch.tokens, place,
+            held_out=recipe.evaluation is not None,
+        )  # fmt: skip
 
-    inputs: dict[str, Any] = {"data": data.identity}
+    inputs: dict[str, Any] = {**request.inputs, "data": data.identity}
     start, hf_source = recipe.init, None
     if recipe.init.startswith("stage:"):
-        base = _product(request, recipe.init)
+        base = _product(request, recipe.init, "convert", "midtrain")
         inputs["init"] = base.identity
         if base.result:
             _check_shape(place, model, base)
@@ -393,13 +407,17 @@ def _check_layout(recipe: Midtrain, model: Model, machine: Machine, place: str) 
         (model.layers % layout.pipeline, "layers", model.layers, "pipeline", layout.pipeline),
         (recipe.sequence_length % (2 * layout.context) if layout.context > 1 else 0,
          "sequence_length", recipe.sequence_length, "2 x context", 2 * layout.context),
-        (recipe.sequence_length % layout.tensor if layout.sequence_parallel else 0,
-         "sequence_length", recipe.sequence_length, "tensor", layout.tensor),
+        (recipe.sequence_length % (layout.tensor * layout.context)
+         if layout.sequence_parallel else 0,
+         "sequence_length", recipe.sequence_length, "tensor x context",
+         layout.tensor * layout.context),
     ]  # fmt: skip
     for remainder, what, value, divisor_name, divisor in problems:
         if remainder:
             raise RequestError(
-                f"{place}: layout", f"{what} {value} is not a multiple of {divisor_name} {divisor}"
+                f"{place}: layout",
+                f"{what} {value} is not a multiple of {divisor_name} {divisor}",
+                "choose a size that divides it",
             )
     if machine.device == "cpu":
         if recipe.fp8 != "none":
@@ -415,7 +433,9 @@ def _check_layout(recipe: Midtrain, model: Model, machine: Machine, place: str) 
                 "--set layout.context=1",
             )
     if recipe.fp8 != "none" and recipe.precision == "fp32":
-        raise RequestError(f"{place}: fp8", f"{recipe.fp8} goes with precision bf16, not fp32")
+        raise RequestError(
+            f"{place}: fp8", f"{recipe.fp8} goes with precision bf16, not fp32", "--set fp8=none"
+        )
 
 
 def _check_schedule(recipe: Midtrain, steps: int, place: str) -> None:
@@ -424,17 +444,25 @@ def _check_schedule(recipe: Midtrain, steps: int, place: str) -> None:
         raise RequestError(
             f"{place}: schedule.warmup_steps",
             f"{schedule.warmup_steps} are not fewer than the run's {steps} steps",
+            f"use at most {steps - 1}",
         )
     if schedule.decay_steps and schedule.decay_steps + schedule.warmup_steps > steps:
         raise RequestError(
             f"{place}: schedule.decay_steps",
             f"{schedule.decay_steps} and {schedule.warmup_steps} of warm-up are more than the "
             f"run's {steps} steps",
+            f"use at most {max(steps - schedule.warmup_steps, 0)}",
         )
 
 
 def _export_plan(request: Request, recipe: Export) -> ExportPlan:
-    source = _product(request, recipe.of)
+    source = _product(request, recipe.of, "midtrain")
+    if source.result and not source.iterations:
+        raise RequestError(
+            source.folder.checkpoints,
+            "holds no checkpoint any more",
+            f"train again under another NAME=, or rm -r {source.folder.root} and train again",
+        )
     iteration: int | None
     if recipe.iteration == "latest":
         iteration = source.iterations[-1] if source.iterations else None
@@ -447,7 +475,8 @@ def _export_plan(request: Request, recipe: Export) -> ExportPlan:
                 f"{source.folder.root} has no checkpoint {iteration}",
                 f"it has {there}",
             )
-    settings = _settings(recipe) | {"iteration": iteration, "inputs": {"of": source.started}}
+    of = {"of": source.started, "result": source.identity}
+    settings = _settings(recipe) | {"iteration": iteration, "inputs": of}
     return ExportPlan(
         **_common(request, settings, Launch(torchrun=False, processes=1, device="cpu")),
         recipe=recipe,

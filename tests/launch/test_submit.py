@@ -1,0 +1,157 @@
+"""What a request finds: new, done, to go on, changed, or standing on what is not there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tanren import runs
+from tanren.config.errors import RequestError
+from tanren.launch import submit
+from tanren.launch.submit import Order
+from tanren.plan.paths import RunFolder
+from tanren.plan.plan import make_plan
+from tests.conftest import RECIPES, REPOSITORY
+
+
+@pytest.fixture
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny recipes in a folder of their own, and nothing run yet."""
+    shutil.copytree(RECIPES, tmp_path / "tiny")
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return tmp_path / "tiny"
+
+
+def finish(task: Path, stage: str, result: dict[str, object], *products: str) -> RunFolder:
+    """Leave what a finished stage leaves."""
+    plan = make_plan(submit.read_request(Order(task / f"{stage}.yaml")))
+    for product in products:
+        (plan.folder.root / product).mkdir(parents=True)
+    plan.folder.root.mkdir(parents=True, exist_ok=True)
+    runs.write_json(plan.folder.plan, json.loads(plan.model_dump_json()))
+    runs.mark_done(plan.folder, {"identity": stage, **result})
+    return plan.folder
+
+
+def finish_preprocess(task: Path) -> RunFolder:
+    sources = [
+        {"name": "reference", "tokens": 9_000, "documents": 90},
+        {"name": "docstrings", "tokens": 9_000, "documents": 90},
+    ]
+    result: dict[str, object] = {"sources": sources, "tokens": 18_000, "vocabulary_size": 2048}
+    return finish(task, "preprocess", result, "tokens", "tokenizer")
+
+
+def look(task: Path, stage: str) -> submit.Start:
+    return submit.look(make_plan(submit.read_request(Order(task / f"{stage}.yaml"))))
+
+
+def test_missing_stages_are_named_in_the_order_to_make_them(task: Path) -> None:
+    order = Order(task / "midtrain.yaml", variant=None, name="a", assignments=("steps=400",))
+    found = submit.missing(order, submit.read_request(order))
+    assert [needed.recipe_file.stem for needed in found] == ["preprocess", "convert"]
+    assert all(needed.name is None and needed.assignments == () for needed in found)
+    finish_preprocess(task)
+    found = submit.missing(order, submit.read_request(order))
+    assert [needed.recipe_file.stem for needed in found] == ["convert"]
+    export = Order(task / "export.yaml", name="a")
+    (wanted,) = submit.missing(export, submit.read_request(export))
+    assert wanted.command("midtrain").endswith("tiny/midtrain.yaml --name a")
+
+
+def test_a_stage_whose_product_was_removed_is_missing_again(task: Path) -> None:
+    folder = finish_preprocess(task)
+    assert look(task, "preprocess").done
+    shutil.rmtree(folder.tokens)
+    assert not look(task, "preprocess").done
+    order = Order(task / "convert.yaml")
+    assert submit.missing(order, submit.read_request(order))
+
+
+def test_other_settings_on_a_finished_run_are_refused(task: Path) -> None:
+    finish_preprocess(task)
+    order = Order(task / "preprocess.yaml", assignments=("append_eod=false",))
+    with pytest.raises(RequestError) as refused:
+        submit.look(make_plan(submit.read_request(order)))
+    assert "was made with other settings: append_eod True there, False here" in str(refused.value)
+    assert "give the new run a name" in refused.value.next_step
+
+
+def test_a_changed_file_is_another_setting(task: Path) -> None:
+    (task / "web.jsonl").write_text('{"text": "a"}\n')
+    with (task / "preprocess.yaml").open("a") as recipe:
+        recipe.write("  - name: web\n    path: web.jsonl\n")
+    finish_preprocess(task)
+    assert look(task, "preprocess").done
+    (task / "web.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    with pytest.raises(RequestError, match=r"inputs\.web 1 files of 14 bytes .* 1 files of 28"):
+        look(task, "preprocess")
+
+
+def test_an_export_is_done_only_while_its_model_is_there(task: Path, tmp_path: Path) -> None:
+    finish_preprocess(task)
+    trained = RunFolder(tmp_path / "runs" / "tiny" / "midtrain")
+    (trained.checkpoint(320)).mkdir(parents=True)
+    (trained.checkpoint(320) / "files.json").write_text("{}")
+    runs.write_json(trained.plan, {"settings": {}})
+    runs.mark_done(trained, {"identity": "m", "iteration": 320})
+    model = trained.export(320)
+    model.mkdir(parents=True)
+    finish(task, "export", {"hf": str(model)})
+    assert look(task, "export").done
+    model.rmdir()
+    assert not look(task, "export").done
+    model.mkdir()
+    runs.mark_done(trained, {"identity": "another", "iteration": 320})
+    assert not look(task, "export").done
+
+
+@pytest.mark.parametrize(
+    ("stage", "assignment", "problem"),
+    [
+        ("midtrain", "init=stage:midtrain", "stage:midtrain is this run itself"),
+        ("midtrain", "data=stage:convert", "stage:convert is a convert stage"),
+        ("midtrain", "init=stage:preprocess", "stage:preprocess is a preprocess stage"),
+        ("midtrain", "init=stage:cnvert", "names no stage"),
+        ("export", "of=stage:convert", "stage:convert is a convert stage"),
+        ("convert", "tokenizer=stage:midtrain", "stage:midtrain is a midtrain stage"),
+    ],
+)
+def test_a_reference_to_the_wrong_stage_is_refused(
+    task: Path, stage: str, assignment: str, problem: str
+) -> None:
+    order = Order(task / f"{stage}.yaml", assignments=(assignment,))
+    with pytest.raises(RequestError) as refused:
+        make_plan(submit.read_request(order))
+    assert problem in str(refused.value)
+    assert refused.value.next_step
+
+
+@pytest.mark.parametrize(
+    ("variant", "name"), [("a-b", None), (None, "a/b"), (None, "-a"), ("", None), (None, "あ")]
+)
+def test_a_name_that_is_no_part_of_a_folder_is_refused(
+    task: Path, variant: str | None, name: str | None
+) -> None:
+    with pytest.raises(RequestError, match="cannot be part of a folder's name"):
+        submit.read_request(Order(task / "midtrain.yaml", variant, name))
+
+
+def test_a_following_stage_needs_no_variant_of_its_own(task: Path) -> None:
+    (task / "midtrain.big.yaml").write_text("base: midtrain.yaml\nsteps: 400\n")
+    order = Order(task / "export.yaml", "big", "a", plain_if_absent=True)
+    request = submit.read_request(order)
+    assert request.folder.root.name == "export.big-a"
+    assert list(request.products) == ["midtrain.big-a"]
+    with pytest.raises(RequestError, match="there is no such file"):
+        submit.read_request(Order(task / "export.yaml", "big"))
+
+
+def test_a_path_below_the_current_folder_is_shown_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    assert submit.shown(RECIPES / "midtrain.yaml") == "recipes/tiny/midtrain.yaml"
+    assert submit.shown("/elsewhere/x") == "/elsewhere/x"

@@ -1,0 +1,91 @@
+"""The command as a person types it: help, exit codes, from any folder, as an entry script."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import RECIPES, REPOSITORY, Tanren
+
+STAGES = ("preprocess", "convert", "midtrain", "export")
+
+
+@pytest.mark.parametrize("verb", [*STAGES, "plan"])
+def test_help_ends_with_an_example_that_plans(bare: Tanren, verb: str) -> None:
+    done = bare(verb, "--help")
+    assert done.code == 0
+    example = done.out.rstrip().splitlines()[-1].strip()
+    assert example.startswith(f"Example: bin/tanren {verb} recipes/tiny/")
+    words = example.split()[2:]
+    path = REPOSITORY / words[1]
+    assert bare("plan", str(path), *words[2:]).code == 0
+
+
+def test_without_a_verb_the_verbs_are_named(bare: Tanren) -> None:
+    done = bare()
+    assert all(stage in done.text for stage in STAGES)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("midtrian", "x.yaml"), "No such command 'midtrian'"),
+        (("midtrain", str(RECIPES / "midtrain.yaml"), "--nmae", "a"), "No such option"),
+        (("midtrain",), "Missing argument"),
+        (("midtrain", str(RECIPES / "convert.yaml")), "is not a midtrain recipe"),
+        (("plan", "recipes/tiny/nothing.yaml"), "the file's name is not that of a stage"),
+    ],
+)
+def test_a_wrong_command_line_has_code_2_and_no_trace(
+    bare: Tanren, words: tuple[str, ...], message: str
+) -> None:
+    done = bare(*words)
+    assert done.code == 2
+    assert message in done.err
+    assert "Traceback" not in done.text
+
+
+def test_a_recipe_runs_as_a_program_from_any_folder(bare: Tanren, tmp_path: Path) -> None:
+    """By its first line, as `apptainer exec IMAGE recipes/tiny/midtrain.yaml` does."""
+    environment = os.environ | {
+        "PATH": f"{REPOSITORY / 'bin'}:{os.environ['PATH']}", "RUNS": str(tmp_path / "runs"),
+        "TANREN_PYTHON": sys.executable,
+    }  # fmt: skip
+    done = subprocess.run(
+        [str(RECIPES / "midtrain.yaml"), "--set", "steps=400"],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "stands on preprocess, which has not been made" in done.stderr
+    assert "bin/tanren preprocess" in done.stderr
+
+
+def test_make_has_a_line_of_help_for_every_target() -> None:
+    text = (REPOSITORY / "Makefile").read_text()
+    phony = text.split(".PHONY: ")[1].splitlines()[0].split()
+    done = subprocess.run(
+        ["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    helped = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("  make ")]
+    assert sorted(helped) == sorted(phony)
+
+
+def test_make_passes_its_variables_on() -> None:
+    words = ["TASK=mine", "VARIANT=big", "NAME=a", "SET=optimizer.lr=1.0e-4 steps=5"]
+    done = subprocess.run(
+        ["make", "-n", "midtrain", *words], cwd=REPOSITORY, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1].split("&& ")[1] == (
+        "bin/tanren midtrain recipes/mine/midtrain.yaml --variant 'big' --name 'a' "
+        "--set 'optimizer.lr=1.0e-4' --set 'steps=5' --needs --then export"
+    )
+    done = subprocess.run(
+        ["make", "-n", "export", "ITER=80"], cwd=REPOSITORY, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert "--set 'iteration=80'" in done.stdout
