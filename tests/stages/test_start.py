@@ -119,3 +119,14 @@ def test_an_export_carries_what_transformers_needs(trained: Tanren) -> None:
     assert loss < 7.4
     again = trained("export", str(RECIPES / "export.yaml"))
     assert "export is done" in again.out
+
+
+def test_a_cpu_run_leaves_the_libraries_of_gpus_alone(tanren: Tanren, tmp_path: Path) -> None:
+    """In an image for GPUs on a node without: their kernels know no CPU tensors."""
+    for name in ("transformer_engine", "apex"):
+        package = tmp_path / "site" / name
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("raise RuntimeError('imported on a CPU')\n")
+    tanren.environment["PYTHONPATH"] = str(tmp_path / "site")
+    done = tanren.midtrain(sets=ONE)
+    assert done.code == 0, done.text

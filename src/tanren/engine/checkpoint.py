@@ -355,11 +355,17 @@ def load(state: TrainingState, checkpoint: Path) -> None:
     state.optimizer.load_state_dict(loaded["optimizer"])
     state.schedule.load_state_dict(common["opt_param_scheduler"])
     state.iteration = int(common["iteration"])
-    if not moved:
-        (random,) = loaded["rng_state"]
+    (random,) = loaded.get("rng_state", [None])
+    # A GPU's random state means nothing to a CPU, nor the other way round.
+    if random is not None and _same_kind(random):
         torch.set_rng_state(random["torch_rng_state"])
         torch.cuda.set_rng_state(random["cuda_rng_state"])
         tensor_parallel.get_cuda_rng_tracker().set_states(random["rng_tracker_states"])
+
+
+def _same_kind(random: dict[str, Any]) -> bool:
+    """Whether a saved random state is one of this kind of device."""
+    return len(random["cuda_rng_state"]) == len(torch.cuda.get_rng_state())
 
 
 def _load(wanted: dict[str, Any], checkpoint: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ layout, so that a checkpoint moves between CPU and GPU. Drop what megatron-core 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +129,18 @@ def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
     )
+
+
+def hide_gpu_libraries() -> None:
+    """Make Transformer Engine and Apex look absent. Call before megatron-core is imported.
+
+    Where they are installed, megatron-core takes their kernels for the gradient norm and the
+    optimizer, and those know no CPU tensors.
+    """
+    for name in ("transformer_engine", "transformer_engine_torch", "apex", "flash_attn"):
+        assert name not in sys.modules, name
+        # What the import system finds as None, it reports as not installed.
+        sys.modules[name] = None  # type: ignore[assignment]
 
 
 def install() -> None:

@@ -39,6 +39,10 @@ def main(arguments: list[str]) -> int:
     folder = RunFolder(plan_file.parent)
     try:
         plan = read_plan(plan_file)
+        if plan.launch.torchrun and plan.launch.device == "cpu":
+            from tanren.engine import cpu
+
+            cpu.hide_gpu_libraries()
         stage = importlib.import_module(f"tanren.stages.{plan.stage}")
         if rank == 0:
             with runs.locked(folder.root / ".worker", wait_seconds=60):
