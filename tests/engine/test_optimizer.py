@@ -85,6 +85,9 @@ def test_adam_is_adamw_with_its_step_in_the_group() -> None:
             b.grad = a.grad.clone()
         ours.step()
         reference.step()
+    # Transformer Engine's FusedAdam 2.11: what its groups hold, and each tensor's state does not.
+    keys = {"params", "lr", "bias_correction", "betas", "eps", "weight_decay", "step"}
+    assert set(ours.param_groups[0]) == keys
     assert ours.param_groups[0]["step"] == 5
     assert all("step" not in state for state in ours.state.values())
     for a, b in zip(mine, theirs, strict=True):

@@ -64,9 +64,9 @@ class FusedAdam(torch.optim.Optimizer):
         adam_w_mode: bool = True,
     ) -> None:
         assert adam_w_mode, "only decoupled weight decay is used"
-        super().__init__(
-            params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
-        )
+        # The keys of the original's groups, so that each reads the other's checkpoint.
+        defaults = {"lr": lr, "bias_correction": True, "betas": betas, "eps": eps}
+        super().__init__(params, {**defaults, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -67,7 +67,7 @@ class Watcher:
         self.plan, self.console = plan, console
         self.tail = Tail(folder.metrics)
         self.total = plan.batch.steps if isinstance(plan, MidtrainPlan) else None
-        self.step, self.text, self.last_plain = 0, "", time.monotonic()
+        self.step, self.text, self.printed, self.last_plain = 0, "", "", time.monotonic()
         self.step_seconds: list[float] = []
         self.bar: Progress | None = None
         self.task: TaskID | None = None
@@ -91,8 +91,8 @@ class Watcher:
             self._take(line)
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=self.step, description=self.text or "starting")
-        elif self.text and time.monotonic() - self.last_plain > PLAIN_SECONDS:
-            self.last_plain = time.monotonic()
+        elif self.text != self.printed and time.monotonic() - self.last_plain > PLAIN_SECONDS:
+            self.last_plain, self.printed = time.monotonic(), self.text
             self.console.print(f"  {self.text}", highlight=False)
 
     def close(self) -> None:
@@ -106,9 +106,10 @@ class Watcher:
             self.step = int(line["step"])
             self.step_seconds = [*self.step_seconds[-49:], line["seconds"]]
             left = (self.total - self.step) * sum(self.step_seconds) / len(self.step_seconds)
+            rest = f"{clock(left)} left" if self.step < self.total else "saving"
             self.text = (
                 f"step {self.step}/{self.total}  loss {line['loss']:.3f}  "
-                f"{line['tokens_per_second']:,.0f} tokens/s  {clock(left)} left"
+                f"{line['tokens_per_second']:,.0f} tokens/s  {rest}"
             )
         elif "doing" in line:
             self.text = f"{line['doing']} ({line['done']}/{line['total']})"
