@@ -1,0 +1,77 @@
+"""What a person reads while a stage runs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tanren import runs
+from tanren.plan.paths import RunFolder
+from tanren.report import terminal
+from tests.plan.test_plan import midtrain
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.4, "0:00"), (42.9, "0:42"), (725, "12:05"), (11_400, "3:10:00")]
+)
+def test_clock(seconds: float, shown: str) -> None:
+    assert terminal.clock(seconds) == shown
+
+
+def test_tail_gives_whole_lines_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tail = terminal.Tail(path)
+    assert tail.read() == []
+    path.write_bytes(b'{"step": 1}\n{"step"')
+    assert tail.read() == [{"step": 1}]
+    with path.open("ab") as file:
+        file.write(b': 2}\n{"step": 3}\n')
+    assert tail.read() == [{"step": 2}, {"step": 3}]
+    assert tail.read() == []
+    assert terminal.Tail(path).read() == []
+
+
+def step(number: int, seconds: float = 0.5) -> dict[str, float]:
+    return {"step": number, "loss": 5.4321, "seconds": seconds, "tokens_per_second": 12_345.6}
+
+
+def watch(tmp_path: Path, *, is_terminal: bool) -> tuple[terminal.Watcher, io.StringIO]:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=is_terminal, width=80, soft_wrap=True)
+    return terminal.Watcher(midtrain(), RunFolder(tmp_path), 2, console), screen
+
+
+def test_a_pipe_gets_a_line_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
+    watcher, screen = watch(tmp_path, is_terminal=False)
+    path = RunFolder(tmp_path).metrics
+    runs.append_line(path, step(20))
+    watcher()
+    now += 11
+    watcher()
+    watcher()
+    now += 11
+    watcher()
+    runs.append_line(path, step(320))
+    watcher()
+    watcher.close()
+    header, *lines = screen.getvalue().splitlines()
+    assert header.endswith("log 2.log")
+    assert lines == [
+        "  step 20/320  loss 5.432  12,346 tokens/s  2:30 left",
+        "  step 320/320  loss 5.432  12,346 tokens/s  saving",
+    ]
+
+
+def test_a_terminal_gets_a_bar_that_fits(tmp_path: Path) -> None:
+    watcher, screen = watch(tmp_path, is_terminal=True)
+    runs.append_line(RunFolder(tmp_path).metrics, step(160))
+    watcher()
+    assert watcher.bar is not None
+    watcher.bar.refresh()
+    watcher.close()
+    assert "step 160/320  loss 5.432  12,346 tokens/s  1:20 left" in screen.getvalue()

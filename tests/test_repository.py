@@ -1,0 +1,72 @@
+"""What the repository says twice is the same both times."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+
+from tests.conftest import REPOSITORY
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+LOCK = (REPOSITORY / "containers" / "locks" / "native.txt").read_text()
+
+
+def name_of(requirement: str) -> str:
+    return re.split(r"[\[<>=;! ]", requirement)[0].lower().replace("_", "-")
+
+
+def test_every_dependency_has_an_exact_version() -> None:
+    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    wanted = [requirement for group in groups for requirement in group]
+    assert wanted
+    locked = {
+        name_of(line) for line in LOCK.splitlines() if re.match(r"^[A-Za-z0-9._-]+==\S+", line)
+    }
+    assert {name_of(requirement) for requirement in wanted} - locked == set()
+    assert "megatron-core==0.16.1" in LOCK
+
+
+@pytest.mark.parametrize("readme", [REPOSITORY / "README.md"])
+def test_the_readme_names_commands_that_exist(readme: Path) -> None:
+    text = readme.read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE))
+    assert {"midtrain", "test"} <= named
+    assert named <= targets
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        assert (REPOSITORY / link).exists(), link
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    ci = (REPOSITORY / ".ci" / "run").read_text().splitlines()
+    assert "make test" in ci
+    assert "make check" in ci
+
+
+def test_the_house_in_the_design_is_the_house() -> None:
+    text = (REPOSITORY / "docs" / "design.md").read_text()
+    for path in sorted((REPOSITORY / "src" / "tanren").rglob("*.py")):
+        if not path.name.startswith("__"):
+            assert path.name in text or path.stem in text, path
+
+
+def test_no_file_names_a_package_registry_by_its_host() -> None:
+    """PyPI and the Debian mirror are the machine's own settings."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    files = [name for name in listed.stdout.split("\0") if name]
+    assert files
+    hosts = re.compile(r"(pypi|pythonhosted|debian|download\.pytorch|nvcr)\.(org|io)")
+    found = [name for name in files if hosts.search((REPOSITORY / name).read_text())]
+    assert found == []
