@@ -80,8 +80,9 @@ def test_lines_after_a_torn_one_are_read(tmp_path: Path) -> None:
     with path.open("ab") as file:
         file.write(b'{"step": 2, "lo')
     runs.append_line(path, {"step": 2, "loss": 2.5})
-    runs.append_line(path, {"step": 2, "loss": 2.0})
-    assert runs.curve(path, "loss") == {1: 3.0, 2: 2.0}
+    for loss in (2.0, 1.5):
+        runs.append_line(path, {"step": 3, "loss": loss})
+    assert runs.curve(path, "loss") == {1: 3.0, 2: 2.5, 3: 1.5}
 
 
 def test_an_interrupted_write_leaves_the_old_content(
