@@ -136,13 +136,26 @@ def test_killing_the_command_alone_ends_the_training_with_a_save(tanren: Tanren)
     assert len(losses(tanren)) == STEPS
 
 
-def test_the_same_command_on_a_finished_run_says_so(tanren: Tanren) -> None:
-    assert tanren.midtrain().code == 0
-    before = (tanren.folder() / "metrics.jsonl").read_bytes()
-    again = tanren.midtrain()
+def test_the_whole_road_with_one_command_and_again(bare: Tanren) -> None:
+    """What `make midtrain` does on a fresh machine, and what it says the second time."""
+    words = ("--needs", "--then", "export")
+    first = bare.midtrain(*words)
+    assert first.code == 0, first.text
+    begun = [line.split()[0] for line in first.out.splitlines() if " → " in line and "log" in line]
+    assert begun == ["preprocess", "convert", "midtrain", "export"]
+    for said in ("loss  ", "held out  ", "speed  ", "checkpoint ", "sample "):
+        assert f"  {said}" in first.out
+    model = bare.folder() / "hf" / "iter_0000008"
+    assert str(model) in first.out
+    files = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert files <= {path.name for path in model.iterdir()}
+
+    before = (bare.folder() / "metrics.jsonl").read_bytes()
+    again = bare.midtrain(*words)
     assert again.code == 0
     assert "midtrain is done" in again.out
-    assert (tanren.folder() / "metrics.jsonl").read_bytes() == before
+    assert "export is done" in again.out
+    assert (bare.folder() / "metrics.jsonl").read_bytes() == before
 
 
 def test_two_commands_on_one_run_are_refused(tanren: Tanren) -> None:
@@ -160,6 +173,7 @@ def test_other_settings_on_a_started_run_are_refused(tanren: Tanren) -> None:
     changed = tanren.midtrain(sets=("optimizer.lr=1.0e-3",))
     assert changed.code == 2
     assert "optimizer.lr 0.003 there, 0.001 here" in changed.err
-    named = tanren.midtrain("--name", "slow", sets=("optimizer.lr=1.0e-3", "steps=7"))
+    words = ("plan", str(RECIPES / "midtrain.yaml"), "--name", "slow")
+    named = tanren(*words, sets=("optimizer.lr=1.0e-3",))
     assert named.code == 0, named.text
-    assert (tanren.folder("midtrain-slow") / "DONE").exists()
+    assert named.out.splitlines()[1].split() == ["state", "new"]
