@@ -34,6 +34,7 @@ from tanren.plan.batch import (
     make_batch,
     make_mix,
 )
+from tanren.plan.checks import check_layout, check_schedule, check_shape, check_vocabulary
 from tanren.plan.paths import TRAINING_STAGES, RunFolder, run_name
 
 
@@ -290,30 +291,17 @@ def _convert_plan(request: Request, recipe: Convert) -> ConvertPlan:
     )
 
 
-def check_vocabulary(
-    recipe_file: object, model: Model, tokenizer_size: int, tokenizer: object
-) -> None:
-    """Refuse a tokenizer that has ids beyond the model's embedding rows."""
-    if tokenizer_size > model.vocabulary_size:
-        raise RequestError(
-            recipe_file,
-            f"the model has {model.vocabulary_size} embedding rows and the tokenizer {tokenizer} "
-            f"has {tokenizer_size} pieces",
-            "use the tokenizer that the model was trained with, or a model shape that fits",
-        )
-
-
 def _midtrain_plan(request: Request, recipe: Midtrain) -> MidtrainPlan:
     model, place = request.model, str(request.recipe_file)
     assert model is not None
-    _check_layout(recipe, model, request.machine, place)
+    check_layout(recipe, model, request.machine.device, place)
     data_parallel = data_parallel_size(recipe.layout, request.machine.gpus, place)
     batch = make_batch(recipe, data_parallel, place)
     if recipe.evaluation:
         check_divides(
             f"{place}: evaluation.sequences", recipe.evaluation.sequences, recipe, data_parallel
         )
-    _check_schedule(recipe, batch.steps, place)
+    check_schedule(recipe, batch.steps, place)
     if recipe.sequence_length > model.max_positions:
         raise RequestError(
             f"{place}: sequence_length",
@@ -342,7 +330,7 @@ def _midtrain_plan(request: Request, recipe: Midtrain) -> MidtrainPlan:
         base = _product(request, recipe.init, "convert", "midtrain")
         inputs["init"] = base.identity
         if base.result:
-            _check_shape(place, model, base)
+            check_shape(place, model, base.folder.root, base.result["model"])
             iteration = int(base.result["iteration"])
             start = f"checkpoint:{base.folder.checkpoint(iteration)}"
             hf_source = base.result["hf"]
@@ -374,85 +362,6 @@ def _midtrain_plan(request: Request, recipe: Midtrain) -> MidtrainPlan:
         start=start,
         hf_source=hf_source,
     )
-
-
-def _check_shape(place: str, model: Model, base: Product) -> None:
-    """Refuse a base of another shape, naming each field with both values."""
-    assert base.result is not None
-    there = base.result["model"]
-    here = _settings(model)
-    differing = [
-        f"{key} {there.get(key)} there, {here[key]} here"
-        for key in here
-        if key != "init_std" and there.get(key) != here[key]
-    ]
-    if differing:
-        raise RequestError(
-            f"{place}: init",
-            f"the base {base.folder.root} has another shape: {'; '.join(differing)}",
-            "make the recipe's model the base's, or convert another base",
-        )
-
-
-def _check_layout(recipe: Midtrain, model: Model, machine: Machine, place: str) -> None:
-    layout = recipe.layout
-    problems = [
-        (model.attention_heads % layout.tensor, "attention_heads", model.attention_heads,
-         "tensor", layout.tensor),
-        (model.kv_groups % layout.tensor, "kv_groups", model.kv_groups, "tensor", layout.tensor),
-        (model.ffn_hidden_size % layout.tensor, "ffn_hidden_size", model.ffn_hidden_size,
-         "tensor", layout.tensor),
-        (model.padded_vocabulary % layout.tensor, "padded vocabulary", model.padded_vocabulary,
-         "tensor", layout.tensor),
-        (model.layers % layout.pipeline, "layers", model.layers, "pipeline", layout.pipeline),
-        (recipe.sequence_length % (2 * layout.context) if layout.context > 1 else 0,
-         "sequence_length", recipe.sequence_length, "2 x context", 2 * layout.context),
-        (recipe.sequence_length % (layout.tensor * layout.context)
-         if layout.sequence_parallel else 0,
-         "sequence_length", recipe.sequence_length, "tensor x context",
-         layout.tensor * layout.context),
-    ]  # fmt: skip
-    for remainder, what, value, divisor_name, divisor in problems:
-        if remainder:
-            raise RequestError(
-                f"{place}: layout",
-                f"{what} {value} is not a multiple of {divisor_name} {divisor}",
-                "choose a size that divides it",
-            )
-    if machine.device == "cpu":
-        if recipe.fp8 != "none":
-            raise RequestError(
-                f"{place}: fp8",
-                f"{recipe.fp8} needs a GPU, and this machine has none",
-                "--set fp8=none",
-            )
-        if layout.context > 1:
-            raise RequestError(
-                f"{place}: layout.context",
-                f"{layout.context} needs Transformer Engine on GPUs, and this machine has none",
-                "--set layout.context=1",
-            )
-    if recipe.fp8 != "none" and recipe.precision == "fp32":
-        raise RequestError(
-            f"{place}: fp8", f"{recipe.fp8} goes with precision bf16, not fp32", "--set fp8=none"
-        )
-
-
-def _check_schedule(recipe: Midtrain, steps: int, place: str) -> None:
-    schedule = recipe.schedule
-    if schedule.warmup_steps >= steps:
-        raise RequestError(
-            f"{place}: schedule.warmup_steps",
-            f"{schedule.warmup_steps} are not fewer than the run's {steps} steps",
-            f"use at most {steps - 1}",
-        )
-    if schedule.decay_steps and schedule.decay_steps + schedule.warmup_steps > steps:
-        raise RequestError(
-            f"{place}: schedule.decay_steps",
-            f"{schedule.decay_steps} and {schedule.warmup_steps} of warm-up are more than the "
-            f"run's {steps} steps",
-            f"use at most {max(steps - schedule.warmup_steps, 0)}",
-        )
 
 
 def _export_plan(request: Request, recipe: Export) -> ExportPlan:

@@ -10,7 +10,8 @@ from tanren.config.errors import RequestError
 from tanren.config.schema import Model
 from tanren.convert import hf, llama, mcore
 from tanren.data import tokenizer as tokenizers
-from tanren.plan.plan import ConvertPlan, check_vocabulary, digest
+from tanren.plan.checks import check_vocabulary
+from tanren.plan.plan import ConvertPlan, digest
 
 logger = logging.getLogger("tanren")
 

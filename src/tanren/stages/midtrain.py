@@ -18,8 +18,9 @@ from tanren.engine import model as models
 from tanren.engine.checkpoint import Saver, TrainingState, load, load_base
 from tanren.engine.log import Metrics
 from tanren.engine.optimizer import build_optimizer, build_schedule
+from tanren.plan.checks import check_vocabulary
 from tanren.plan.paths import RunFolder
-from tanren.plan.plan import MidtrainPlan, check_vocabulary, digest
+from tanren.plan.plan import MidtrainPlan, digest
 from tanren.stages.convert import check_tokenizers, convert_base
 
 logger = logging.getLogger("tanren")
