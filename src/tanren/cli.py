@@ -119,6 +119,11 @@ def _stage(order: Order, needs: bool, screen: Console) -> None:
         request = submit.read_request(order)
     planned = make_plan(request)
     start = submit.look(planned)
+    for change in submit.changed_files(request):
+        if not (start.done or start.iteration):
+            raise change
+        screen.print(f"note: {change.place} {change.problem}; this run has what was there before",
+                     markup=False, highlight=False)  # fmt: skip
     if start.done:
         screen.print(f"[bold]{planned.stage}[/] is done: {submit.shown(planned.run)}")
         terminal.summary(planned, screen)

@@ -92,12 +92,31 @@ def test_a_changed_file_is_another_setting(task: Path) -> None:
         look(task, "preprocess")
 
 
+def test_files_that_changed_after_they_became_tokens_are_noticed(task: Path) -> None:
+    corpus = task / "web.jsonl"
+    corpus.write_text('{"text": "a"}\n')
+    with (task / "preprocess.yaml").open("a") as recipe:
+        recipe.write("  - name: web\n    path: web.jsonl\n")
+    folder = finish_preprocess(task)
+    order = Order(task / "convert.yaml")
+    assert submit.changed_files(submit.read_request(order)) == []
+    corpus.write_text('{"text": "a"}\n{"text": "b"}\n')
+    (change,) = submit.changed_files(submit.read_request(order))
+    assert change.place == str(folder.root)
+    assert "was made from other files: web 1 files of 14 bytes" in change.problem
+    assert "1 files of 28 bytes" in change.problem
+    assert f"rm -r {folder.root}" in change.next_step
+    corpus.unlink()
+    assert submit.changed_files(submit.read_request(order)) == []
+
+
 def test_an_export_is_done_only_while_its_model_is_there(task: Path, tmp_path: Path) -> None:
     finish_preprocess(task)
     trained = RunFolder(tmp_path / "runs" / "tiny" / "midtrain")
     (trained.checkpoint(320)).mkdir(parents=True)
     (trained.checkpoint(320) / "files.json").write_text("{}")
-    runs.write_json(trained.plan, {"settings": {}})
+    plan = make_plan(submit.read_request(Order(task / "midtrain.yaml")))
+    runs.write_json(trained.plan, json.loads(plan.model_dump_json()))
     runs.mark_done(trained, {"identity": "m", "iteration": 320})
     model = trained.export(320)
     model.mkdir(parents=True)

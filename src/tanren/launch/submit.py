@@ -179,6 +179,35 @@ def refuse_missing(order: Order, request: Request) -> None:
         )
 
 
+def changed_files(request: Request) -> list[RequestError]:
+    """The stages below this one whose files are no longer those that they were made from.
+
+    A file that is gone is no change: text may be removed once it is tokens.
+    """
+    found = []
+    for product in request.products.values():
+        if product.result is None or not product.folder.plan.exists():
+            continue
+        before = read_plan(product.folder.plan)
+        try:
+            now = inputs.marks(before.recipe)
+        except RequestError:
+            continue
+        was = before.settings.get("inputs", {})
+        changes = [
+            f"{key} {was.get(key)} then, {now[key]} now" for key in now if was.get(key) != now[key]
+        ]
+        if changes:
+            found.append(
+                RequestError(
+                    product.folder.root,
+                    f"was made from other files: {'; '.join(changes)}",
+                    f"rm -r {product.folder.root}, and the same command makes it again",
+                )
+            )
+    return found
+
+
 @dataclass(frozen=True)
 class Start:
     """What starting a plan means, given what its run folder holds."""
