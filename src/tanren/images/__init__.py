@@ -1,0 +1,1 @@
+"""Container images: definitions, locks, wheels, builds, and what a built one says of itself."""
