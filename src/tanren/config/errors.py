@@ -9,6 +9,8 @@ from __future__ import annotations
 EXIT_FAILED = 1
 EXIT_REQUEST = 2
 EXIT_STOPPED = 75
+# Ended by SIGTERM, as a shell would report it.
+EXIT_TERMINATED = 143
 
 
 class TanrenError(Exception):
