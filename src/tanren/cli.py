@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from tanren.config.errors import TanrenError
+from tanren.config.errors import EXIT_TERMINATED, TanrenError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +33,14 @@ Sets = Annotated[
     Optional[list[str]],
     typer.Option("--set", help="change a field, e.g. --set optimizer.lr=1.0e-4; repeatable"),
 ]
+Runtime = Annotated[
+    Optional[str],
+    typer.Option("--runtime", help="apptainer, singularity or native; else by what is there"),
+]
+Binds = Annotated[
+    Optional[list[str]],
+    typer.Option("--bind", help="a folder that a container sees as well; repeatable"),
+]
 Needs = Annotated[bool, typer.Option("--needs", help="first make the missing stages it stands on")]
 Then = Annotated[Optional[str], typer.Option("--then", help="another stage to run after it")]
 
@@ -39,15 +48,17 @@ Then = Annotated[Optional[str], typer.Option("--then", help="another stage to ru
 def _stage_verb(stage: str, does: str) -> None:
     def verb(
         recipe: RecipeFile, variant: Variant = None, name: Name = None, set_: Sets = None,
-        needs: Needs = False, then: Then = None,
+        runtime: Runtime = None, bind: Binds = None, needs: Needs = False, then: Then = None,
     ) -> None:  # fmt: skip
         from tanren.config.errors import RequestError
+        from tanren.launch.submit import Order
 
         if recipe.name.split(".")[0] != stage:
             raise RequestError(
                 recipe, f"is not a {stage} recipe", f"tanren {recipe.name.split('.')[0]} {recipe}"
             )
-        _run(recipe, variant, name, set_ or [], needs, then)
+        order = Order(recipe, variant, name, tuple(set_ or []), runtime, tuple(bind or []))
+        _run(order, needs, then)
 
     example = f"Example: bin/tanren {stage} recipes/tiny/{stage}.yaml"
     app.command(stage, help=does, epilog=example)(verb)
@@ -60,14 +71,17 @@ _stage_verb("export", "A checkpoint to a Hugging Face folder.")
 
 
 @app.command(epilog="Example: bin/tanren plan recipes/tiny/midtrain.yaml --set steps=400")
-def plan(recipe: RecipeFile, variant: Variant = None, name: Name = None, set_: Sets = None) -> None:
+def plan(
+    recipe: RecipeFile, variant: Variant = None, name: Name = None, set_: Sets = None,
+    runtime: Runtime = None, bind: Binds = None,
+) -> None:  # fmt: skip
     """Print what a stage would do, and change nothing."""
     from tanren.config.errors import RequestError
     from tanren.launch import local, submit
     from tanren.plan.plan import make_plan
     from tanren.report import terminal
 
-    order = submit.Order(recipe, variant, name, tuple(set_ or []))
+    order = submit.Order(recipe, variant, name, tuple(set_ or []), runtime, tuple(bind or []))
     request = submit.read_request(order)
     planned = make_plan(request)
     refusal = None
@@ -85,30 +99,122 @@ def plan(recipe: RecipeFile, variant: Variant = None, name: Name = None, set_: S
     waiting = [needed.recipe_file.stem for needed in submit.missing(order, request)]
     if waiting:
         state += f"; {', '.join(waiting)} must be made first (make does it, or --needs)"
-    script = local.script(planned.folder, planned.launch, 1, request.machine.cores)
+    inside = submit.container_for(order, request)
+    script = local.script(planned.folder, planned.launch, 1, request.machine.cores, inside)
     terminal.print_plan(planned, state, script, terminal.console())
     if refusal is not None:
         raise refusal
 
 
-def _run(
-    recipe: Path, variant: str | None, name: str | None, assignments: list[str], needs: bool,
-    then: str | None,
+image = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Container images.")
+app.add_typer(image, name="image")
+ImageName = Annotated[
+    Optional[str],
+    typer.Argument(metavar="[IMAGE]", help="train, te19, nemo, merge or cpu; else this machine's"),
+]
+
+
+@image.command("build", epilog="Example: bin/tanren image build cpu")
+def image_build(name: ImageName = None, runtime: Runtime = None) -> None:
+    """Build an image: packages, %test, lock. A build that fails leaves the one before."""
+    from tanren.images.build import build
+    from tanren.images.definition import image_named
+    from tanren.images.lock import image_file
+    from tanren.launch import container
+    from tanren.launch.machine import visible_gpus
+    from tanren.report import terminal
+
+    wanted = image_named(name) if name else container.default_image(visible_gpus())
+    tool, places = container.require(runtime), container.places(gpu=bool(visible_gpus()))
+    screen = terminal.console()
+    screen.print(
+        f"building {wanted.name} with {tool.version}   log {places.images / wanted.name}.build.log"
+    )
+    # A scheduler's or a shell's SIGTERM ends a build as Ctrl-C does: nothing half stays.
+    signal.signal(signal.SIGTERM, _terminated)
+    with terminal.working(screen) as report:
+        lock, notes = build(wanted, tool.builder, places, report)
+    terminal.print_image(image_file(places.images, wanted), lock, screen)
+    for note in notes:
+        screen.print(f"  note       {note}")
+
+
+@image.command("info", epilog="Example: bin/tanren image info cpu")
+def image_info(name: ImageName = None, runtime: Runtime = None) -> None:
+    """What an image is: its lock, and the labels inside it, compared."""
+    from tanren.images.build import info
+    from tanren.images.definition import image_named
+    from tanren.images.lock import image_file
+    from tanren.launch import container
+    from tanren.launch.machine import visible_gpus
+    from tanren.report import terminal
+
+    places = container.places(gpu=False)
+    wanted = image_named(name) if name else container.default_image(visible_gpus())
+    path = image_file(places.images, wanted)
+    lock, labels = info(path, container.require(runtime).builder, places.cache)
+    terminal.print_image(path, lock, terminal.console(), labels)
+
+
+@image.command("lock", epilog="Example: bin/tanren image lock train --upgrade")
+def image_lock(
+    names: Annotated[
+        Optional[list[str]],
+        typer.Argument(metavar="[LOCK]...", help="images, native (.venv) or debian; else all"),
+    ] = None,
+    upgrade: Annotated[bool, typer.Option("--upgrade", help="take the newest versions")] = False,
+) -> None:
+    """Write containers/locks anew: exact versions and hashes."""
+    from tanren.images.definition import IMAGES, image_named
+    from tanren.images.lock import renew_system_lock
+    from tanren.images.requirements import renew
+    from tanren.launch import container
+    from tanren.launch.submit import shown
+    from tanren.report import terminal
+
+    wanted = names or ["native", *IMAGES]
+    python = [name for name in wanted if name != "debian"]
+    for name in python:
+        if name != "native":
+            image_named(name)
+    changed = renew(python, upgrade=upgrade)
+    if "debian" in wanted:
+        changed += renew_system_lock(container.images_folder())
+    screen = terminal.console()
+    for path in changed:
+        screen.print(f"changed {shown(path)}")
+    if not changed:
+        screen.print("the locks are what they were")
+
+
+@app.command(epilog="Example: bin/tanren shell cpu --bind /data")
+def shell(
+    name: ImageName = None, runtime: Runtime = None, bind: Binds = None
 ) -> None:  # fmt: skip
-    from tanren.launch.submit import Order
+    """A shell in an image, with the repository and the runs in it."""
+    from tanren.launch import container
+    from tanren.launch.machine import visible_gpus
+    from tanren.launch.submit import runs_root
+
+    container.open_shell(name, runtime, visible_gpus(), runs_root(), tuple(bind or ()))
+
+
+def _run(order: Order, needs: bool, then: str | None) -> None:
+    from dataclasses import replace
+
     from tanren.report import terminal
 
     screen = terminal.console()
-    order = Order(recipe, variant, name, tuple(assignments))
     _stage(order, needs, screen)
     if then is not None:
-        after = Order(recipe.with_name(f"{then}.yaml"), variant, name, plain_if_absent=True)
+        recipe = order.recipe_file.with_name(f"{then}.yaml")
+        after = replace(order, recipe_file=recipe, assignments=(), plain_if_absent=True)
         _stage(after, False, screen)
 
 
 def _stage(order: Order, needs: bool, screen: Console) -> None:
     """Run one stage, and before it what it stands on if asked to."""
-    from tanren.launch import submit
+    from tanren.launch import native, submit
     from tanren.plan.plan import make_plan
     from tanren.report import terminal
 
@@ -129,6 +235,9 @@ def _stage(order: Order, needs: bool, screen: Console) -> None:
         terminal.summary(planned, screen)
         return
     submit.refuse_missing(order, request)
+    inside = submit.container_for(order, request)
+    if inside is None:
+        native.complete()
     if request.machine.idle_gpus and planned.launch.torchrun:
         screen.print(
             f"{request.machine.idle_gpus} GPUs stay idle: the engine needs Transformer Engine for "
@@ -139,7 +248,7 @@ def _stage(order: Order, needs: bool, screen: Console) -> None:
         screen.print(f"{planned.stage} goes on from iteration {start.iteration}")
     watch, close = terminal.watching(planned, screen)
     try:
-        ending = submit.start(planned, request.machine.cores, watch)
+        ending = submit.start(planned, request.machine.cores, inside, watch)
     finally:
         close()
     if ending is not None:
@@ -150,12 +259,12 @@ def _stage(order: Order, needs: bool, screen: Console) -> None:
 def main() -> None:
     """The entry point: errors become one message and the contract's exit codes."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        # An exit code of a verb comes back as a value here; verbs that just end return None.
+        sys.exit(code if isinstance(code, int) else 0)
     except TanrenError as error:
         _say(error)
         sys.exit(error.exit_code)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
     except typer.Abort:
         sys.exit(130)
     except Exception as error:  # typer's usage errors have an exit code; anything else is our fault
@@ -170,6 +279,10 @@ def main() -> None:
 
         print_error(f"{type(error).__name__}: {error}\n  next: TANREN_DEBUG=1 shows where")
         sys.exit(1)
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise typer.Exit(EXIT_TERMINATED)
 
 
 def _say(error: TanrenError) -> None:

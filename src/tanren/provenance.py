@@ -19,8 +19,14 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def open_attempt(folder: RunFolder, repository: Path, plan: dict[str, Any]) -> int:
-    """Append an entry to passport.json and return the attempt's number, from 1."""
+def open_attempt(
+    folder: RunFolder, repository: Path, plan: dict[str, Any], image: dict[str, Any] | None = None
+) -> int:
+    """Append an entry to passport.json and return the attempt's number, from 1.
+
+    Args:
+        image: the facts of the container image that the stage runs in; None outside of one.
+    """
     passport = runs.read_json(folder.passport) or {"format": 1, "attempts": []}
     number = len(passport["attempts"]) + 1
     passport["attempts"].append(
@@ -29,8 +35,12 @@ def open_attempt(folder: RunFolder, repository: Path, plan: dict[str, Any]) -> i
             "started": _now(),
             "host": socket.gethostname(),
             "commit": git_commit(repository),
-            "python": platform.python_version(),
-            "packages": versions(),
+            # Of the image, where there is one: the login node's own are not what runs.
+            **(
+                {"image": image}
+                if image
+                else {"python": platform.python_version(), "packages": versions()}
+            ),
             "plan": plan,
         }
     )

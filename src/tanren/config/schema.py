@@ -330,6 +330,13 @@ STAGES: dict[str, type[Strict]] = {
 
 
 class User(Strict):
-    """user.toml: what is yours and never in a tracked file."""
+    """user.toml: what is yours and never in a tracked file.
+
+    `runs`, `images` and `cache` are folders; `binds` are folders that containers see as well.
+    """
 
     runs: str | None = None
+    images: str | None = None
+    cache: str | None = None
+    binds: tuple[str, ...] = ()
+    debian_mirror: str | None = None

@@ -51,6 +51,19 @@ def _absolute_base(base: str, folder: Path) -> str:
     return base
 
 
+def paths(recipe: Recipe) -> list[str]:
+    """The files and folders that a recipe names (patterns as they are)."""
+    found = []
+    if isinstance(recipe, Preprocess):
+        found += [source.path for source in recipe.sources]
+        found.append(recipe.tokenizer.path)
+    base = getattr(recipe, "source", None) or getattr(recipe, "init", None) or ""
+    kind, _, where = base.partition(":")
+    if kind in ("hf", "checkpoint") and where.startswith("/"):
+        found.append(glob.escape(where))
+    return [path for path in found if path is not None]
+
+
 def marks(recipe: Recipe) -> dict[str, str]:
     """What the recipe's own files look like now, by their part in the recipe.
 

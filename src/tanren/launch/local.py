@@ -18,6 +18,8 @@ import psutil
 from tanren import runs
 from tanren.config.errors import EXIT_STOPPED, TanrenError, WorkError
 from tanren.config.load import repository
+from tanren.launch import container
+from tanren.launch.container import Container
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import Launch
 
@@ -26,17 +28,19 @@ POLL_SECONDS = 0.2
 _LIBC = ctypes.CDLL(None)
 
 
-def script(folder: RunFolder, launch: Launch, attempt: int, cores: int) -> str:
-    """The job script of one attempt."""
+def script(
+    folder: RunFolder, launch: Launch, attempt: int, cores: int, inside: Container | None = None
+) -> str:
+    """The job script of one attempt, in a container or in this machine's own Python."""
     stage = ["-m", "tanren.stages", str(folder.plan), str(attempt)]
-    words = [sys.executable]
+    words = ["python3" if inside else sys.executable]
     if launch.torchrun:
         words += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                   str(launch.processes)]  # fmt: skip
     words += stage
     threads = max(1, cores // launch.processes)
     environment = {
-        "PYTHONPATH": _python_path(),
+        "PYTHONPATH": str(repository() / "src") if inside else _python_path(),
         "PYTHONNOUSERSITE": "1",
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": str(threads),
@@ -54,9 +58,13 @@ def script(folder: RunFolder, launch: Launch, attempt: int, cores: int) -> str:
         "#!/usr/bin/env bash",
         f"# Attempt {attempt} of {folder.root}, written by tanren. Nothing here is to be edited.",
         "set -euo pipefail",
-        *(f"export {key}={shlex.quote(value)}" for key, value in environment.items()),
-        f"exec {shlex.join(words)}",
     ]
+    if inside:
+        words = container.command(inside, words, folder.root)
+        lines += container.prologue(environment)
+    else:
+        lines += [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
+    lines.append(f"exec {container.shell_line(words)}")
     return "\n".join(lines) + "\n"
 
 
@@ -183,13 +191,15 @@ def _family(job: int) -> list[psutil.Process]:
 def _workers(job: int) -> list[psutil.Process]:
     """The processes of the stage: torchrun's children, or the plain process itself.
 
-    The script ends in `exec`, so the job's process is torchrun or the stage.
+    The script ends in `exec`, so the job's process is torchrun or the stage; in a container it is
+    the container program, and they are its children.
     """
+    family = _family(job)
     try:
-        root = psutil.Process(job)
-        if "torch.distributed.run" in root.cmdline():
-            return root.children()
-        return [root]
+        for process in family:
+            if "torch.distributed.run" in process.cmdline():
+                return process.children()
+        return [process for process in family if "tanren.stages" in process.cmdline()][:1] or family
     except psutil.Error:
         return []
 

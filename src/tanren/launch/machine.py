@@ -9,10 +9,14 @@ from pathlib import Path
 from tanren.plan.plan import Machine
 
 
-def this_machine() -> Machine:
-    """GPUs that a process here may use, cores, and whether the CPU multiplies bf16 matrices."""
-    gpus = _gpus()
-    usable = find_spec("transformer_engine") is not None
+def this_machine(*, in_image: bool = False) -> Machine:
+    """GPUs that a process here may use, cores, and whether the CPU multiplies bf16 matrices.
+
+    Args:
+        in_image: stages run in an image, which has Transformer Engine where there are GPUs.
+    """
+    gpus = visible_gpus()
+    usable = in_image or find_spec("transformer_engine") is not None
     return Machine(
         gpus=gpus if usable else 0,
         idle_gpus=0 if usable else gpus,
@@ -21,7 +25,8 @@ def this_machine() -> Machine:
     )
 
 
-def _gpus() -> int:
+def visible_gpus() -> int:
+    """GPUs of this machine that CUDA_VISIBLE_DEVICES lets a process see."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])

@@ -16,8 +16,9 @@ from tanren import provenance, runs
 from tanren.config.errors import RequestError, TanrenError
 from tanren.config.load import read_model, read_recipe, read_user, recipe_path, repository
 from tanren.config.schema import Convert, Midtrain
-from tanren.launch import inputs, local
-from tanren.launch.machine import this_machine
+from tanren.launch import container, inputs, local
+from tanren.launch.container import Container
+from tanren.launch.machine import this_machine, visible_gpus
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import (
     ExportPlan,
@@ -41,6 +42,10 @@ class Order:
     variant: str | None = None
     name: str | None = None
     assignments: tuple[str, ...] = ()
+    # apptainer, singularity, native; None chooses by what is there.
+    runtime: str | None = None
+    # Folders that a container is to see besides those that the recipe names.
+    binds: tuple[str, ...] = ()
     # The recipe of the variant may be absent: a stage that follows another has seldom one.
     plain_if_absent: bool = False
 
@@ -51,6 +56,9 @@ class Order:
         words += ["--name", self.name] if self.name else []
         for assignment in self.assignments:
             words += ["--set", assignment]
+        words += ["--runtime", self.runtime] if self.runtime else []
+        for bind in self.binds:
+            words += ["--bind", bind]
         return shlex.join(words)
 
 
@@ -78,13 +86,14 @@ def read_request(order: Order) -> Request:
     stage, recipe = read_recipe(path, variant, list(order.assignments))
     recipe = inputs.with_absolute_paths(recipe, path.parent)
     model = read_model(recipe.model) if isinstance(recipe, Convert | Midtrain) else None
+    inside = container.choose(order.runtime, visible_gpus())
     request = Request(
         task=path.parent.name,
         stage=stage,
         recipe=recipe,
         recipe_file=path,
         runs=runs_root(),
-        machine=this_machine(),
+        machine=this_machine(in_image=inside is not None),
         variant=order.variant,
         name=order.name,
         model=model,
@@ -165,6 +174,8 @@ def _order_of(order: Order, folder_name: str, stage: str) -> Order:
         order.recipe_file.with_name(f"{stage}.yaml"),
         variant if rest.startswith(".") else None,
         (name if rest.startswith(".") else rest.removeprefix("-")) or None,
+        runtime=order.runtime,
+        binds=order.binds,
     )
 
 
@@ -252,12 +263,22 @@ def _comparable(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     return {**now, "inputs": kept} if "inputs" in now else now
 
 
+def container_for(order: Order, request: Request) -> Container | None:
+    """The container that an order's stage runs in, with its binds; None for the own Python."""
+    inside = container.choose(order.runtime, visible_gpus())
+    if inside is None:
+        return None
+    return replace(inside, binds=container.binds(request.recipe, request.runs, order.binds))
+
+
 def start(
-    plan: Plan, cores: int, watch: Callable[[RunFolder, int], Callable[[], None]]
-) -> TanrenError | None:
+    plan: Plan, cores: int, inside: Container | None,
+    watch: Callable[[RunFolder, int], Callable[[], None]],
+) -> TanrenError | None:  # fmt: skip
     """Run a plan on this machine and wait for its end.
 
     Args:
+        inside: the container to run it in; None for this machine's own Python.
         watch: given the folder and the attempt, gives what is called while the job runs.
     """
     folder = plan.folder
@@ -268,8 +289,10 @@ def start(
         folder.done.unlink(missing_ok=True)
         value = orjson.loads(plan.model_dump_json())
         runs.write_json(folder.plan, value)
-        attempt = provenance.open_attempt(folder, repository(), value)
-        runs.write_atomic(folder.job, local.script(folder, plan.launch, attempt, cores).encode())
+        image = inside.lock.facts() if inside else None
+        attempt = provenance.open_attempt(folder, repository(), value, image)
+        script = local.script(folder, plan.launch, attempt, cores, inside)
+        runs.write_atomic(folder.job, script.encode())
         folder.job.chmod(0o755)
         ending = local.run(folder, attempt, lock, watch(folder, attempt))
         stopped = ending is not None and folder.stopped.exists()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rich.progress import (
 )
 
 from tanren import runs
+from tanren.images.lock import Lock
 from tanren.launch.submit import shown
 from tanren.plan.batch import Batch
 from tanren.plan.paths import RunFolder
@@ -246,6 +248,62 @@ def _midtrain_rows(plan: MidtrainPlan, batch: Batch) -> list[tuple[str, str]]:
         for source in plan.sources or ()
     ]
     return rows
+
+
+@contextmanager
+def working(screen: Console) -> Iterator[Callable[[str], None]]:
+    """A line that says what a long piece of work is at: a spinner, or plain lines in a pipe."""
+    began, last = time.monotonic(), ""
+    if screen.is_terminal:
+        with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
+                      console=screen, transient=True) as bar:  # fmt: skip
+            task = bar.add_task("starting", total=None)
+            yield lambda doing: bar.update(task, description=doing)
+        return
+
+    def report(doing: str) -> None:
+        nonlocal last
+        if doing != last:
+            last = doing
+            screen.print(f"  {clock(time.monotonic() - began):>5}  {doing}")
+
+    yield report
+
+
+def print_image(
+    path: Path, lock: Lock, screen: Console, labels: dict[str, str] | None = None
+) -> None:
+    """An image's facts, as `make build-image` and `make image-info` end with them."""
+    base = lock.base.name + (f" {lock.base.digest}" if lock.base.digest else "")
+    changed = " with changes" if lock.commit.dirty else ""
+    engine = (
+        "torch",
+        "transformer-engine",
+        "megatron-core",
+        "transformers",
+        "nemo-toolkit",
+        "mergekit",
+    )
+    rows = [
+        ("image", f"{shown(path)}   {lock.bytes / 2**20:,.0f} MiB"),
+        ("sha256", lock.sha256),
+        ("base", base),
+        (
+            "definition",
+            lock.definition[:12] + f" of commit {(lock.commit.id or 'unknown')[:12]}{changed}",
+        ),
+        ("packages", f"{len(lock.python)} of Python, {len(lock.system)} of the system"),
+        (
+            "engine",
+            ", ".join(f"{name} {lock.python[name]}" for name in engine if name in lock.python),
+        ),
+        ("built", f"{lock.built} in {clock(lock.seconds)} with {lock.builder}"),
+    ]
+    rows += (
+        [("labels", ", ".join(f"{key} {value}" for key, value in labels.items()))] if labels else []
+    )
+    for name, value in rows:
+        screen.print(f"  {name:<10} {value}", markup=False)
 
 
 def print_error(text: str) -> None:
