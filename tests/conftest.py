@@ -53,7 +53,8 @@ class Tanren:
             command += ["--set", assignment]
         environment = os.environ | {
             "RUNS": str(self.runs), "TANREN_PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "", **self.environment,
+            # Whether an image lies about must not decide where a test runs.
+            "CUDA_VISIBLE_DEVICES": "", "RUNTIME": "native", **self.environment,
         }  # fmt: skip
         return subprocess.Popen(
             command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

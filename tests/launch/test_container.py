@@ -184,7 +184,7 @@ def test_the_plan_shows_the_command_line_of_the_container(
     machine: Path, places: Places, bare: Tanren
 ) -> None:
     build(IMAGES["cpu"], container.require().builder, places, lambda _: None)
-    bare.environment = {"PATH": os.environ["PATH"], "IMAGES": str(machine)}
+    bare.environment = {"PATH": os.environ["PATH"], "IMAGES": str(machine), "RUNTIME": ""}
     shown = bare("plan", str(RECIPES / "midtrain.yaml"), "--bind", "/etc")
     assert shown.code == 0, shown.text
     last = shown.out.splitlines()[-1]
