@@ -84,13 +84,27 @@ def test_make_has_a_line_of_help_for_every_target() -> None:
 def test_make_passes_its_variables_on() -> None:
     words = ["TASK=mine", "VARIANT=big", "NAME=a", "SET=optimizer.lr=1.0e-4 steps=5",
              "RUNTIME=apptainer", "BIND=/data /gs"]  # fmt: skip
-    assert (
-        make("-n", "midtrain", *words)[-1].split("&& ")[1].split()
-        == (
-            "bin/tanren midtrain recipes/mine/midtrain.yaml --variant 'big' --name 'a' "
-            "--set 'optimizer.lr=1.0e-4' --set 'steps=5' --runtime 'apptainer' --bind '/data' "
-            "--bind '/gs' --needs --then export"
-        ).split()
-    )
+    assert make("-n", "midtrain", *words)[-1].split("&& ")[1].split() == [
+        "bin/tanren",
+        "midtrain",
+        "recipes/mine/midtrain.yaml",
+        "--variant",
+        "'big'",
+        "--name",
+        "'a'",
+        "--set",
+        "'optimizer.lr=1.0e-4'",
+        "--set",
+        "'steps=5'",
+        "--runtime",
+        "'apptainer'",
+        "--bind",
+        "'/data'",
+        "--bind",
+        "'/gs'",
+        "--needs",
+        "--then",
+        "export",
+    ]
     assert "image build te19" in make("-n", "build-image", "IMAGE=te19")[-1]
     assert "--set 'iteration=80'" in make("-n", "export", "ITER=80")[-1]

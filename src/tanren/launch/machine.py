@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from tanren.plan.cost import Gpu
 from tanren.plan.plan import Machine
 
 
@@ -22,7 +25,23 @@ def this_machine(*, in_image: bool = False) -> Machine:
         idle_gpus=0 if usable else gpus,
         fast_bf16=_fast_bf16(),
         cores=len(os.sched_getaffinity(0)),
+        gpu=_smallest_gpu() if gpus and usable else None,
     )
+
+
+@cache
+def _smallest_gpu() -> Gpu | None:
+    """Name and memory as the driver tells them; None where it has no tool for it."""
+    command = ["nvidia-smi", "--query-gpu=memory.total,name", "--format=csv,noheader,nounits"]
+    try:
+        listed = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=20
+        ).stdout
+        found = [line.split(", ", 1) for line in listed.splitlines()]
+        mib, name = min((float(memory), name) for memory, name in found)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    return Gpu(name, mib / 1024)
 
 
 def visible_gpus() -> int:

@@ -35,6 +35,8 @@ from tanren.plan.batch import (
     make_mix,
 )
 from tanren.plan.checks import check_layout, check_schedule, check_shape, check_vocabulary
+from tanren.plan.cost import Gpu, check_memory, estimated_hours
+from tanren.plan.memory import Memory
 from tanren.plan.paths import TRAINING_STAGES, RunFolder, run_name
 
 
@@ -47,6 +49,8 @@ class Machine:
     idle_gpus: int = 0
     fast_bf16: bool = False
     cores: int = 1
+    # Of the smallest GPU; None where there is none or its size is not known.
+    gpu: Gpu | None = None
 
     @property
     def device(self) -> Literal["cuda", "cpu"]:
@@ -147,6 +151,11 @@ class MidtrainPlan(PlanBase):
     start: str
     # The Hugging Face folder that tokenizer and generation config are exported from.
     hf_source: str | None
+    # Of one GPU, in GiB; None where the GPU is not known.
+    memory: Memory | None = None
+    gpu_memory_gib: float | None = None
+    # Hours of training and the assumption behind them; None where they cannot be estimated.
+    hours: tuple[float, str] | None = None
 
 
 class ExportPlan(PlanBase):
@@ -351,6 +360,7 @@ def _midtrain_plan(request: Request, recipe: Midtrain) -> MidtrainPlan:
     }
     processes = data_parallel * recipe.layout.model_parallel
     launch = Launch(torchrun=True, processes=processes, device=request.machine.device)
+    gpu = request.machine.gpu
     return MidtrainPlan(
         **_common(request, settings, launch),
         recipe=recipe,
@@ -361,6 +371,9 @@ def _midtrain_plan(request: Request, recipe: Midtrain) -> MidtrainPlan:
         data=str(data.folder.root),
         start=start,
         hf_source=hf_source,
+        memory=check_memory(model, recipe, batch, precision, gpu, place) if gpu else None,
+        gpu_memory_gib=gpu.memory_gib if gpu else None,
+        hours=estimated_hours(model, recipe, batch, gpu, processes) if gpu else None,
     )
 
 

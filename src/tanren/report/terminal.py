@@ -24,6 +24,7 @@ from tanren import runs
 from tanren.images.lock import Lock
 from tanren.launch.submit import shown
 from tanren.plan.batch import Batch
+from tanren.plan.cost import explained
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import ConvertPlan, ExportPlan, MidtrainPlan, Plan
 
@@ -237,6 +238,17 @@ def _midtrain_rows(plan: MidtrainPlan, batch: Batch) -> list[tuple[str, str]]:
         ),
         ("work", f"{operations:.3g} FLOP (causal half of attention counted once)"),
     ]
+    if plan.memory is not None and plan.gpu_memory_gib is not None:
+        rows.append(
+            (
+                "memory",
+                f"{plan.memory.total:.0f} of {plan.gpu_memory_gib:.0f} GiB a GPU "
+                f"({explained(plan.memory)})",
+            )
+        )
+    if plan.hours is not None:
+        hours, assumption = plan.hours
+        rows.append(("time", f"{hours:.2g} hours {assumption}"))
     if plan.sources is None:
         rows.append(("sources", "tokens and epochs are known once preprocess has run"))
     rows += [

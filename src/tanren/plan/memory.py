@@ -1,0 +1,127 @@
+"""GPU memory of training, per GPU, before anything runs.
+
+Counted from what the engine keeps, not fitted: weights, fp32 main gradients, the optimizer's share,
+what each layer saves for its backward pass, and the logits. The formula and its comparison with
+measured peaks are in docs/memory.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tanren.config.schema import Layout, Midtrain, Model, Strict
+
+GIB = 2**30
+# What no formula sees: the CUDA context, NCCL's buffers, and the allocator's gaps.
+RESERVED_GIB = 4.0
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What the engine keeps a parameter, in bytes, besides the weights."""
+
+    main_gradient: int = 4
+    # Adam's two moments; the fp32 master copy of bf16 weights comes on top.
+    moments: int = 8
+    # Without wgrad fusion a gradient lies beside its main gradient before it is added.
+    gradients_apart: bool = True
+
+
+ENGINE = Engine()
+
+
+class Memory(Strict):
+    """Peak memory of one GPU in GiB, by what it is for."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def training_memory(
+    model: Model, recipe: Midtrain, *, precision: str, data_parallel: int, accumulation: int,
+    engine: Engine = ENGINE,
+) -> Memory:  # fmt: skip
+    """The peak of the GPU that needs the most.
+
+    Args:
+        precision: `bf16` or `fp32`.
+        accumulation: micro batches a step; a pipeline keeps at most that many in flight.
+    """
+    first, last = (
+        _stage(model, recipe, engine, precision, data_parallel, accumulation, first=first)
+        for first in (True, False)
+    )
+    return max(first, last, key=lambda memory: memory.total)
+
+
+def _stage(
+    model: Model, recipe: Midtrain, engine: Engine, precision: str, data_parallel: int,
+    accumulation: int, *, first: bool,
+) -> Memory:  # fmt: skip
+    """The first pipeline stage keeps the most micro batches; the last one has the logits."""
+    layout = recipe.layout
+    whole = layout.pipeline == 1
+    width = 2 if precision == "bf16" else 4
+    layers = model.layers / layout.pipeline
+    matrices = layers * _layer_matrices(model) / layout.tensor
+    table = model.padded_vocabulary * model.hidden_size / layout.tensor
+    tables = 2 if whole and not model.tied_embeddings else 1
+    parameters = matrices + tables * table + layers * 2 * model.hidden_size
+    state = engine.moments + (4 if precision == "bf16" else 0)
+    tokens = recipe.micro_batch * recipe.sequence_length / layout.context
+    in_flight = min(layout.pipeline, accumulation) if first else 1
+    weights = parameters * width
+    if recipe.fp8 != "none":
+        # Each matrix is kept in FP8 and, since Hopper multiplies rows by rows alone, transposed.
+        weights += matrices * 2
+    logits = 0.0
+    if whole or not first:
+        # The logits are turned into their gradient in place; the largest gradient that may lie
+        # apart is that of the output layer, at this same moment.
+        logits = tokens * model.padded_vocabulary / layout.tensor * width
+        logits += table * width if engine.gradients_apart else 0
+    return Memory(
+        weights=weights / GIB,
+        gradients=parameters * engine.main_gradient / GIB,
+        optimizer=parameters * state / (data_parallel * layout.context) / GIB,
+        activations=in_flight * tokens * _saved(model, layout, recipe, layers, width) / GIB,
+        logits=logits / GIB,
+    )
+
+
+def _layer_matrices(model: Model) -> int:
+    """Elements of one layer's matrices."""
+    heads = model.attention_heads + model.kv_groups
+    return 2 * model.hidden_size * model.head_width * heads + 3 * model.hidden_size * (
+        model.ffn_hidden_size
+    )
+
+
+def _saved(model: Model, layout: Layout, recipe: Midtrain, layers: float, width: int) -> float:
+    """Bytes a token that a stage's layers keep for the backward pass.
+
+    A layer keeps the inputs of both norms and their outputs, queries, keys and values, attention's
+    output, and the two halves and the product of the gated unit. Flash attention keeps no scores.
+    """
+    hidden = model.hidden_size / (layout.tensor if layout.sequence_parallel else 1)
+    queries = model.attention_heads * model.head_width / layout.tensor
+    keys_and_values = 2 * model.kv_groups * model.head_width / layout.tensor
+    inner = model.ffn_hidden_size / layout.tensor
+    # What only a matrix product reads again; with FP8 it is kept in one byte, and attention's
+    # output, which attention reads as well, in both.
+    multiplied = 2 * hidden + inner
+    kept = 2 * hidden + queries + keys_and_values + queries + 2 * inner
+    if recipe.fp8 == "none":
+        layer = width * (multiplied + kept)
+    else:
+        layer = multiplied + queries + width * kept
+    if layout.recompute == "full":
+        return layers * width * hidden + layer
+    return layers * layer
