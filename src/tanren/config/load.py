@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -20,7 +20,7 @@ import yaml
 from pydantic import ValidationError
 
 from tanren.config.errors import RequestError
-from tanren.config.schema import STAGES, Model, Recipe, Strict, User
+from tanren.config.schema import STAGES, Model, Recipe, Site, Strict, User
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -340,16 +340,37 @@ def read_model(name: str) -> Model:
     return validate(read_yaml(repository() / "recipes" / "models" / f"{name}.yaml"), Model)
 
 
-def read_user() -> User:
-    """user.toml at the root of the repository (or where TANREN_USER names it); may be absent."""
+def read_site(name: str) -> Site:
+    """A site by its name (recipes/sites/NAME.yaml), or by the path of a file of one's own."""
+    own = Path(name).expanduser()
+    path = own if own.suffix == ".yaml" else repository() / "recipes" / "sites" / f"{name}.yaml"
+    return validate(read_yaml(path), Site)
+
+
+def sites() -> dict[str, Site]:
+    """Every site that the repository knows, by name."""
+    found = sorted((repository() / "recipes" / "sites").glob("*.yaml"))
+    assert found, "recipes/sites is empty"
+    return {path.stem: read_site(path.stem) for path in found}
+
+
+def read_user(assignments: Iterable[str] = ()) -> User:
+    """user.toml at the root of the repository (or where TANREN_USER names it); may be absent.
+
+    Args:
+        assignments: `field=value` changes, from SET="user.field=value".
+    """
     named = os.environ.get("TANREN_USER")
     path = Path(named or repository() / "user.toml")
     if not path.is_file():
         if named:
             raise RequestError(path, "TANREN_USER names a file that is not there")
-        return User()
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RequestError(path, f"not TOML: {error}") from None
+        values: dict[str, Any] = {}
+    else:
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RequestError(path, f"not TOML: {error}") from None
+    for keys, value in parse_set(list(assignments)):
+        values = merge(values, {".".join(keys): value})
     return validate(Document(path, values, {}), User)

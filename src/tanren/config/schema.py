@@ -120,6 +120,17 @@ class Model(Strict):
         return 6.0 * (weights + scores)
 
 
+class Job(Strict):
+    """What a stage asks a scheduler for; the command line (NODES=, HOURS=, TYPE=) goes first.
+
+    `type` is one of the site's; without it the site's type for GPUs or for CPUs.
+    """
+
+    nodes: Positive = 1
+    walltime_hours: PositiveFloat = 1.0
+    type: str | None = None
+
+
 class TokenizerTraining(Strict):
     """A byte-level BPE tokenizer trained on the recipe's own text."""
 
@@ -166,6 +177,7 @@ class Preprocess(Strict):
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
     append_eod: bool = True
     prepend_bos: bool = False
+    job: Job = Job()
 
     @model_validator(mode="after")
     def _names_differ(self) -> Preprocess:
@@ -186,6 +198,7 @@ class Convert(Strict):
     source: Annotated[str, BeforeValidator(_one_key_mapping), Field(pattern=r"^(random|hf:\S.*)$")]
     tokenizer: StageReference | None = None
     seed: NonNegative = 1234
+    job: Job = Job()
 
     @model_validator(mode="after")
     def _random_needs_tokenizer(self) -> Convert:
@@ -287,6 +300,7 @@ class Midtrain(Strict):
     checkpoints: Checkpointing
     evaluation: Evaluation | None = None
     seed: NonNegative = 1234
+    job: Job = Job()
 
     @model_validator(mode="after")
     def _one_length(self) -> Midtrain:
@@ -311,6 +325,7 @@ class Export(Strict):
     dtype: Literal["bf16", "fp32"] = "bf16"
     prompt: str = ""
     sample_tokens: NonNegative = 0
+    job: Job = Job()
 
     @model_validator(mode="after")
     def _sample_has_a_prompt(self) -> Export:
@@ -329,12 +344,61 @@ STAGES: dict[str, type[Strict]] = {
 }
 
 
+class NodeType(Strict):
+    """One resource type of a site: what a node of it has and what a job of it may ask for."""
+
+    gpus: NonNegative
+    cores: Positive
+    memory_gib: PositiveFloat
+    nodes: Positive
+    walltime_hours: PositiveFloat
+    points_per_hour: PositiveFloat | None = None
+
+
+class SiteGpu(Strict):
+    """The GPU of a site's nodes, as the driver names it."""
+
+    name: str
+    memory_gib: PositiveFloat
+
+
+class Site(Strict):
+    """A cluster: its scheduler, its resource types and limits, what its jobs need.
+
+    `found_by` are folders that all its machines have and others have not, by which it is found
+    out; a site without any must be named. `setup` are shell lines at the start of a job (modules).
+    `environment` reaches the stage (NCCL, InfiniBand).
+    """
+
+    scheduler: Literal["pbs", "gridengine", "slurm"]
+    found_by: tuple[str, ...] = ()
+    gpu: SiteGpu | None = None
+    types: Annotated[dict[str, NodeType], Field(min_length=1)]
+    gpu_type: str
+    cpu_type: str
+    node_hours: PositiveFloat | None = None
+    group_required: bool = False
+    setup: tuple[str, ...] = ()
+    environment: dict[str, str] = {}
+    binds: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _types_exist(self) -> Site:
+        for field, name in (("gpu_type", self.gpu_type), ("cpu_type", self.cpu_type)):
+            if name not in self.types:
+                raise ValueError(f"{field} {name} is none of the types {', '.join(self.types)}")
+        return self
+
+
 class User(Strict):
     """user.toml: what is yours and never in a tracked file.
 
-    `runs`, `images` and `cache` are folders; `binds` are folders that containers see as well.
+    `runs`, `images` and `cache` are folders; `binds` are folders that containers see as well;
+    `site` is a file's name in recipes/sites, `group` what its scheduler charges.
     """
 
+    site: str | None = None
+    group: str | None = None
     runs: str | None = None
     images: str | None = None
     cache: str | None = None

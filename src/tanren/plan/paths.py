@@ -33,6 +33,35 @@ class RunFolder:
     def job(self) -> Path:
         return self.root / "job.sh"
 
+    @property
+    def order(self) -> Path:
+        """What was asked for, frozen when it was submitted to a scheduler."""
+        return self.root / "order.json"
+
+    @property
+    def jobs(self) -> Path:
+        """The scheduler's jobs of this run."""
+        return self.root / "jobs.json"
+
+    def segment(self, number: int) -> Path:
+        """The script of a chain's job, from 1."""
+        return self.job if number == 1 else self.root / f"job.{number}.sh"
+
+    @property
+    def job_log(self) -> Path:
+        """What the jobs of a run said, one after the other, beside the logs of their attempts."""
+        return self.root / "log" / "job.log"
+
+    @property
+    def node(self) -> Path:
+        """What a job runs on each of its nodes."""
+        return self.root / "node.sh"
+
+    @property
+    def stop(self) -> Path:
+        """A request to save and end, from whoever cannot send a signal."""
+        return self.root / "STOP"
+
     def log(self, attempt: int) -> Path:
         return self.root / "log" / f"{attempt}.log"
 

@@ -47,6 +47,7 @@ class Machine:
     gpus: int = 0
     # GPUs that stay idle because Transformer Engine, which the engine needs there, is missing.
     idle_gpus: int = 0
+    nodes: int = 1
     fast_bf16: bool = False
     cores: int = 1
     # Of the smallest GPU; None where there is none or its size is not known.
@@ -100,11 +101,16 @@ class Request:
 
 
 class Launch(Strict):
-    """Processes of the stage. `torchrun` false: one plain process."""
+    """Processes of the stage, on all nodes. `torchrun` false: one plain process."""
 
     torchrun: bool
     processes: int
     device: Literal["cuda", "cpu"]
+    nodes: int = 1
+
+    @property
+    def processes_per_node(self) -> int:
+        return self.processes // self.nodes
 
 
 class PlanBase(Strict):
@@ -264,7 +270,8 @@ def _common(request: Request, settings: dict[str, Any], launch: Launch) -> dict[
 
 def _settings(recipe: Strict, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
     dumped: dict[str, Any] = orjson.loads(recipe.model_dump_json())
-    return {key: value for key, value in dumped.items() if key not in without}
+    # What is asked of a scheduler changes no result.
+    return {key: value for key, value in dumped.items() if key not in (*without, "job")}
 
 
 def _product(request: Request, stage_reference: str, *stages: str) -> Product:
@@ -359,7 +366,14 @@ def _midtrain_plan(request: Request, recipe: Midtrain) -> MidtrainPlan:
         "inputs": inputs,
     }
     processes = data_parallel * recipe.layout.model_parallel
-    launch = Launch(torchrun=True, processes=processes, device=request.machine.device)
+    nodes = request.machine.nodes
+    if processes % nodes:
+        raise RequestError(
+            f"{place}: layout",
+            f"{processes} processes do not spread evenly over {nodes} nodes",
+            f"state layout.data so that the processes are a multiple of {nodes}, or NODES=1",
+        )
+    launch = Launch(torchrun=True, processes=processes, device=request.machine.device, nodes=nodes)
     gpu = request.machine.gpu
     return MidtrainPlan(
         **_common(request, settings, launch),
