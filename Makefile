@@ -4,31 +4,34 @@ SHELL := /bin/bash
 
 TASK ?= tiny
 STAGE ?= midtrain
+job = $(if $(SITE),--site '$(SITE)') $(if $(NODES),--nodes $(NODES)) $(if $(HOURS),--hours $(HOURS)) $(if $(TYPE),--type '$(TYPE)') $(if $(RESERVATION),--reservation '$(RESERVATION)')
+waits = $(foreach a,$(AFTER),--after '$(a)') $(if $(CHAIN),--chain $(CHAIN))
 where = $(if $(RUNTIME),--runtime '$(RUNTIME)') $(foreach b,$(BIND),--bind '$(b)')
-options = $(if $(VARIANT),--variant '$(VARIANT)') $(if $(NAME),--name '$(NAME)') $(foreach s,$(SET),--set '$(s)') $(where)
+options = $(if $(VARIANT),--variant '$(VARIANT)') $(if $(NAME),--name '$(NAME)') $(foreach s,$(SET),--set '$(s)') $(where) $(job)
 iteration = $(if $(ITER),--set 'iteration=$(ITER)')
 recipe = recipes/$(TASK)/$@.yaml
 
-.PHONY: help setup preprocess convert midtrain export plan build-image image-info lock shell test test-images check
+.PHONY: help setup preprocess convert midtrain export plan build-image image-info lock shell status logs cancel test test-images test-schedulers check
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  with         TASK=tiny VARIANT= NAME= SET="a.b=c d=e" ITER=latest|500 RUNTIME=native BIND=/data'
+	@echo '  on clusters  SITE=abci3 NODES=2 HOURS=24 TYPE= AFTER=jobid CHAIN=3 RESERVATION='
 
 setup: ## .venv with pinned dependencies (HOST_ONLY=1: the login node's half)
 	@bin/setup $(if $(HOST_ONLY),host,engine)
 
 preprocess: ## text to tokens: tokenizer, Megatron .bin and .idx
-	@bin/setup host && bin/tanren preprocess $(recipe) $(options)
+	@bin/setup host && bin/tanren preprocess $(recipe) $(options) $(waits)
 
 convert: ## a Hugging Face base to a megatron-core checkpoint
-	@bin/setup host && bin/tanren convert $(recipe) $(options) --needs
+	@bin/setup host && bin/tanren convert $(recipe) $(options) $(waits) --needs
 
 midtrain: ## continued pre-training, with what it stands on and the export
-	@bin/setup host && bin/tanren midtrain $(recipe) $(options) --needs --then export
+	@bin/setup host && bin/tanren midtrain $(recipe) $(options) $(waits) --needs --then export
 
 export: ## a checkpoint to a Hugging Face folder
-	@bin/setup host && bin/tanren export $(recipe) $(options) $(iteration) --needs
+	@bin/setup host && bin/tanren export $(recipe) $(options) $(waits) $(iteration) --needs
 
 plan: ## what STAGE of TASK would do; changes nothing
 	@bin/setup host && bin/tanren plan recipes/$(TASK)/$(STAGE).yaml $(options)
@@ -45,11 +48,23 @@ lock: ## containers/locks written anew (UPGRADE=1: the newest versions)
 shell: ## a shell in IMAGE
 	@bin/setup host && bin/tanren shell $(IMAGE) $(where)
 
+status: ## every run: state, job, step, loss, time left
+	@bin/setup host && bin/tanren status
+
+logs: ## the newest log of RUN (FOLLOW=1: and what comes)
+	@bin/setup host && bin/tanren logs $(RUN) $(if $(FOLLOW),--follow)
+
+cancel: ## end the jobs of RUN, saved (NOW=1: at once)
+	@bin/setup host && bin/tanren cancel $(RUN) $(if $(NOW),--now)
+
 test: ## every test that this machine can run
 	@bin/setup dev && .venv/bin/python -m pytest -n auto
 
 test-images: ## builds cpu.sif twice and trains in it; needs Apptainer and a network
 	@bin/setup dev && .venv/bin/python -m pytest -n 2 -m images --durations 5
+
+test-schedulers: ## jobs of the schedulers that run here: Slurm, Grid Engine, a PBS imitation
+	@bin/setup dev && .venv/bin/python -m pytest -n 2 -m schedulers --durations 5
 
 check: ## format, lint, types, imports, shell scripts
 	@bin/setup dev && bin/check

@@ -41,23 +41,64 @@ Binds = Annotated[
     Optional[list[str]],
     typer.Option("--bind", help="a folder that a container sees as well; repeatable"),
 ]
+SiteName = Annotated[
+    Optional[str], typer.Option("--site", help="a file's name in recipes/sites, or local")
+]
+Nodes = Annotated[Optional[int], typer.Option("--nodes", min=1, help="nodes of the job")]
+Hours = Annotated[
+    Optional[float], typer.Option("--hours", min=0.001, help="the longest that the job may take")
+]
+Type = Annotated[Optional[str], typer.Option("--type", help="one of the site's resource types")]
+Reservation = Annotated[Optional[str], typer.Option("--reservation", help="its name on the site")]
+AfterJobs = Annotated[
+    Optional[list[str]], typer.Option("--after", help="a job that must end well first; repeatable")
+]
+Chain = Annotated[int, typer.Option("--chain", min=1, help="cut the run into so many jobs")]
 Needs = Annotated[bool, typer.Option("--needs", help="first make the missing stages it stands on")]
 Then = Annotated[Optional[str], typer.Option("--then", help="another stage to run after it")]
+
+
+def _order(
+    recipe: Path, variant: str | None, name: str | None, sets: list[str] | None,
+    runtime: str | None, binds: list[str] | None, site: str | None, nodes: int | None,
+    hours: float | None, type_: str | None, reservation: str | None,
+    after: list[str] | None = None, chain: int = 1,
+) -> Order:  # fmt: skip
+    """The options of a verb as one value. SET="user.group=g" is user.toml's for this once."""
+    from tanren.launch.submit import Order
+    from tanren.plan.site import Wish
+
+    own = [text for text in sets or [] if text.startswith("user.")]
+    return Order(
+        recipe, variant, name,
+        assignments=tuple(text for text in sets or [] if text not in own),
+        runtime=runtime,
+        binds=tuple(binds or []),
+        site=site,
+        wish=Wish(nodes, hours, type_, reservation),
+        after=tuple(after or []),
+        chain=chain,
+        user=tuple(text.removeprefix("user.") for text in own),
+    )  # fmt: skip
 
 
 def _stage_verb(stage: str, does: str) -> None:
     def verb(
         recipe: RecipeFile, variant: Variant = None, name: Name = None, set_: Sets = None,
-        runtime: Runtime = None, bind: Binds = None, needs: Needs = False, then: Then = None,
+        runtime: Runtime = None, bind: Binds = None, site: SiteName = None, nodes: Nodes = None,
+        hours: Hours = None, type_: Type = None, reservation: Reservation = None,
+        after: AfterJobs = None, chain: Chain = 1, needs: Needs = False, then: Then = None,
     ) -> None:  # fmt: skip
         from tanren.config.errors import RequestError
-        from tanren.launch.submit import Order
 
         if recipe.name.split(".")[0] != stage:
             raise RequestError(
                 recipe, f"is not a {stage} recipe", f"tanren {recipe.name.split('.')[0]} {recipe}"
             )
-        order = Order(recipe, variant, name, tuple(set_ or []), runtime, tuple(bind or []))
+        order = _order(
+            recipe, variant, name, set_, runtime, bind, site, nodes, hours, type_, reservation,
+            after, chain,
+        )  # fmt: skip
         _run(order, needs, then)
 
     example = f"Example: bin/tanren {stage} recipes/tiny/{stage}.yaml"
@@ -73,16 +114,19 @@ _stage_verb("export", "A checkpoint to a Hugging Face folder.")
 @app.command(epilog="Example: bin/tanren plan recipes/tiny/midtrain.yaml --set steps=400")
 def plan(
     recipe: RecipeFile, variant: Variant = None, name: Name = None, set_: Sets = None,
-    runtime: Runtime = None, bind: Binds = None,
+    runtime: Runtime = None, bind: Binds = None, site: SiteName = None, nodes: Nodes = None,
+    hours: Hours = None, type_: Type = None, reservation: Reservation = None,
 ) -> None:  # fmt: skip
     """Print what a stage would do, and change nothing."""
     from tanren.config.errors import RequestError
-    from tanren.launch import local, submit
+    from tanren.launch import clusters, local, queue, submit
     from tanren.plan.plan import make_plan
     from tanren.report import terminal
 
-    order = submit.Order(recipe, variant, name, tuple(set_ or []), runtime, tuple(bind or []))
-    request = submit.read_request(order)
+    order = _order(recipe, variant, name, set_, runtime, bind, site, nodes, hours, type_,
+                   reservation)  # fmt: skip
+    place = clusters.place_for(order)
+    request = submit.read_request(order, queue.machine_of(place) if place else None)
     planned = make_plan(request)
     refusal = None
     try:
@@ -99,9 +143,14 @@ def plan(
     waiting = [needed.recipe_file.stem for needed in submit.missing(order, request)]
     if waiting:
         state += f"; {', '.join(waiting)} must be made first (make does it, or --needs)"
-    inside = submit.container_for(order, request)
-    script = local.script(planned.folder, planned.launch, 1, request.machine.cores, inside)
-    terminal.print_plan(planned, state, script, terminal.console())
+    inside = submit.container_for(order, request, place.type.gpus if place else None)
+    meeting = local.Meeting("THE_FIRST_HOST", queue.FIRST_PORT)
+    script = local.script(planned.folder, planned.launch, 1, request.machine.cores, inside, meeting)
+    scripts = [("on each node" if place else "job script", script)]
+    if place:
+        text = queue.script(planned.folder, place, request.task)
+        scripts.insert(0, (f"job script for {place.site.scheduler}", text))
+    terminal.print_plan(planned, state, place, scripts, terminal.console())
     if refusal is not None:
         raise refusal
 
@@ -202,22 +251,33 @@ def shell(
 def _run(order: Order, needs: bool, then: str | None) -> None:
     from dataclasses import replace
 
+    from tanren.plan.site import Wish
     from tanren.report import terminal
 
     screen = terminal.console()
-    _stage(order, needs, screen)
+    jobs = _stage(order, needs, screen)
     if then is not None:
         recipe = order.recipe_file.with_name(f"{then}.yaml")
-        after = replace(order, recipe_file=recipe, assignments=(), plain_if_absent=True)
+        after = replace(
+            order, recipe_file=recipe, assignments=(), plain_if_absent=True, wish=Wish(), chain=1,
+            after=jobs[-1:],
+        )  # fmt: skip
         _stage(after, False, screen)
 
 
-def _stage(order: Order, needs: bool, screen: Console) -> None:
-    """Run one stage, and before it what it stands on if asked to."""
-    from tanren.launch import native, submit
+def _stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
+    """Run one stage, and before it what it stands on if asked to; on a cluster, submit them.
+
+    Returns:
+        the scheduler's jobs of the stage; none where it ran here or is done.
+    """
+    from tanren.launch import clusters, native, submit
     from tanren.plan.plan import make_plan
     from tanren.report import terminal
 
+    place = clusters.place_for(order)
+    if place is not None:
+        return clusters.send(order, place, needs, screen.print)
     request = submit.read_request(order)
     if needs:
         for needed in submit.missing(order, request):
@@ -233,7 +293,7 @@ def _stage(order: Order, needs: bool, screen: Console) -> None:
     if start.done:
         screen.print(f"[bold]{planned.stage}[/] is done: {submit.shown(planned.run)}")
         terminal.summary(planned, screen)
-        return
+        return ()
     submit.refuse_missing(order, request)
     inside = submit.container_for(order, request)
     if inside is None:
@@ -254,6 +314,60 @@ def _stage(order: Order, needs: bool, screen: Console) -> None:
     if ending is not None:
         raise ending
     terminal.summary(planned, screen)
+    return ()
+
+
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run folder, or TASK/RUN")]
+
+
+@app.command(hidden=True)
+def job(run: Path, segment: Annotated[int, typer.Option("--segment")] = 1) -> None:
+    """What a scheduler's job calls on its first node."""
+    from tanren.launch import job as jobs
+    from tanren.plan.paths import RunFolder
+    from tanren.report import terminal
+
+    screen = terminal.console()
+    ending = jobs.run(
+        RunFolder(run), segment, lambda plan: terminal.watching(plan, screen)[0], screen.print
+    )
+    if ending is not None:
+        raise ending
+
+
+@app.command(epilog="Example: bin/tanren status")
+def status() -> None:
+    """Every run: its state, its job, how far it is."""
+    from tanren.launch import clusters
+    from tanren.launch.submit import runs_root
+    from tanren.report import terminal
+
+    terminal.print_status(clusters.status(runs_root()), terminal.console())
+
+
+@app.command(epilog="Example: bin/tanren cancel tiny/midtrain")
+def cancel(
+    run: RunName, now: Annotated[bool, typer.Option("--now", help="without saving")] = False
+) -> None:
+    """End a run's jobs; a training stage saves first."""
+    from tanren.launch import clusters, queue
+    from tanren.launch.submit import runs_root
+    from tanren.report import terminal
+
+    terminal.console().print(queue.cancel(clusters.folder_of(run, runs_root()), now=now))
+
+
+@app.command(epilog="Example: bin/tanren logs tiny/midtrain --follow")
+def logs(
+    run: RunName, follow: Annotated[bool, typer.Option("--follow", help="as tail -f does")] = False
+) -> None:
+    """The newest log of a run."""
+    from tanren.launch import clusters
+    from tanren.launch.submit import runs_root
+
+    log = clusters.newest_log(clusters.folder_of(run, runs_root()))
+    sys.stdout.flush()
+    os.execvp("tail", ["tail", "-n", "40", *(["-F"] if follow else []), str(log)])
 
 
 def main() -> None:

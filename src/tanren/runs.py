@@ -181,6 +181,18 @@ def curve(path: Path, key: str) -> dict[int, float]:
     return {line["step"]: line[key] for line in read_lines(path) if "step" in line and key in line}
 
 
+def is_locked(path: Path) -> bool:
+    """Whether some process on this machine holds the lock."""
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in (errno.EAGAIN, errno.EACCES)
+        return False
+
+
 @contextmanager
 def locked(path: Path, *, wait_seconds: float = 0.0) -> Iterator[int]:
     """Hold an exclusive lock on a file, shared with the processes that inherit it.

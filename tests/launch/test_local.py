@@ -69,7 +69,7 @@ def run(folder: RunFolder, *signals: tuple[float, int]) -> object:
     with runs.locked(folder.lock) as lock:
         for seconds, number in signals:
             Timer(seconds, signal.raise_signal, [number]).start()
-        return local.run(folder, 1, lock, lambda: None)
+        return local.run(folder, folder.job, 1, lock, lambda: None)
 
 
 def test_a_job_that_leaves_its_mark_is_done(folder: RunFolder) -> None:

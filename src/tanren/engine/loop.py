@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,8 +33,21 @@ logger = logging.getLogger("tanren")
 class StopRequest:
     """Remembers that the process was asked to stop; the loop saves and ends after the step."""
 
-    def __init__(self) -> None:
-        self.reason: str | None = None
+    def __init__(self, file: Path | None = None, deadline: float | None = None) -> None:
+        """Watch a file that asks for a stop, and a time (seconds since 1970) to stop at."""
+        self.file, self.deadline = file, deadline
+        self.signal: str | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """Why to stop; None while there is no reason."""
+        if self.signal is not None:
+            return self.signal
+        if self.deadline is not None and time.time() > self.deadline:
+            return "the end of its walltime"
+        if self.file is not None and self.file.exists():
+            return "request (STOP)"
+        return None
 
     def install(self) -> None:
         """Take SIGTERM, SIGINT and SIGUSR1 (a scheduler's warning) as requests to stop."""
@@ -41,7 +55,7 @@ class StopRequest:
             signal.signal(number, self._take)
 
     def _take(self, number: int, frame: object) -> None:
-        self.reason = signal.Signals(number).name
+        self.signal = signal.Signals(number).name
 
 
 @dataclass(frozen=True)

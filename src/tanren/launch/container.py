@@ -31,8 +31,8 @@ HOME = "/home/tanren"
 # begins so. Keys and tokens are named here and stand in no file.
 PASSED = (
     "CUDA_VISIBLE_DEVICES", "HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "JOB_ID",
-    "PBS_JOBID", "SLURM_JOB_ID", "TANREN_DEBUG", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_ENTITY",
-    "WANDB_MODE", "http_proxy", "https_proxy", "no_proxy",
+    "PBS_JOBID", "SLURM_JOB_ID", "TANREN_DEADLINE", "TANREN_DEBUG", "WANDB_API_KEY",
+    "WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_MODE", "http_proxy", "https_proxy", "no_proxy",
 )  # fmt: skip
 PASSED_PATTERNS = ("NCCL_", "UCX_")
 
@@ -223,14 +223,19 @@ _HOST_HOME = "@HOME@"
 _HOST_HOME_SHELL = '"${TMPDIR:-/tmp}/tanren-home-$UID"'
 
 
+# The rank of a node among a job's nodes, known on the node alone.
+NODE_RANK = "@NODE_RANK@"
+
+
 def shell_line(words: Sequence[str]) -> str:
-    """A word list as one line of a shell script."""
-    return " ".join(
-        _HOST_HOME_SHELL + shlex.quote(word.removeprefix(_HOST_HOME))
-        if word.startswith(_HOST_HOME)
-        else shlex.quote(word)
-        for word in words
-    )
+    """A word list as one line of a shell script, with what only the node knows as its variables."""
+
+    def quoted(word: str) -> str:
+        if word.startswith(_HOST_HOME):
+            return _HOST_HOME_SHELL + shlex.quote(word.removeprefix(_HOST_HOME))
+        return '"$node_rank"' if word == NODE_RANK else shlex.quote(word)
+
+    return " ".join(map(quoted, words))
 
 
 def prologue(environment: dict[str, str]) -> list[str]:

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -28,17 +30,38 @@ POLL_SECONDS = 0.2
 _LIBC = ctypes.CDLL(None)
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """Where the processes of several nodes meet: a host and a port that is this job's own."""
+
+    host: str
+    port: int
+
+
 def script(
-    folder: RunFolder, launch: Launch, attempt: int, cores: int, inside: Container | None = None
-) -> str:
-    """The job script of one attempt, in a container or in this machine's own Python."""
+    folder: RunFolder, launch: Launch, attempt: int, cores: int, inside: Container | None = None,
+    meeting: Meeting | None = None,
+) -> str:  # fmt: skip
+    """What one attempt runs on each node, in a container or in the machine's own Python.
+
+    Args:
+        cores: of one node.
+        meeting: for several nodes; each finds its rank among them from the program that started it.
+    """
     stage = ["-m", "tanren.stages", str(folder.plan), str(attempt)]
     words = ["python3" if inside else sys.executable]
+    here = launch.processes_per_node
     if launch.torchrun:
-        words += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                  str(launch.processes)]  # fmt: skip
+        words += ["-m", "torch.distributed.run"]
+        if launch.nodes > 1:
+            assert meeting is not None, folder
+            words += ["--nnodes", str(launch.nodes), "--node-rank", container.NODE_RANK]
+            words += ["--master-addr", meeting.host, "--master-port", str(meeting.port)]
+        else:
+            words.append("--standalone")
+        words += ["--nproc-per-node", str(here)]
     words += stage
-    threads = max(1, cores // launch.processes)
+    threads = max(1, cores // here)
     environment = {
         "PYTHONPATH": str(repository() / "src") if inside else _python_path(),
         "PYTHONNOUSERSITE": "1",
@@ -59,6 +82,10 @@ def script(
         f"# Attempt {attempt} of {folder.root}, written by tanren. Nothing here is to be edited.",
         "set -euo pipefail",
     ]
+    if launch.nodes > 1:
+        # srun, Open MPI's mpirun, and MPICH's, in this order.
+        ranks = "${SLURM_PROCID:-${OMPI_COMM_WORLD_RANK:-${PMI_RANK:?no rank of this node}}}"
+        lines.append(f"node_rank={ranks}")
     if inside:
         words = container.command(inside, words, folder.root)
         lines += container.prologue(environment)
@@ -76,24 +103,26 @@ def _python_path() -> str:
 
 
 def run(
-    folder: RunFolder, attempt: int, lock: int, watch: Callable[[], None]
-) -> TanrenError | None:
-    """Run the job script to its end; Ctrl-C and SIGTERM are passed on as a request to save.
+    folder: RunFolder, script_file: Path, attempt: int, lock: int, watch: Callable[[], None],
+    starter: tuple[str, ...] = (),
+) -> TanrenError | None:  # fmt: skip
+    """Run a script to its end; Ctrl-C and SIGTERM are passed on as a request to save.
 
     Args:
         lock: the run folder's lock, inherited by the job so that it lasts as long as the job.
         watch: called a few times a second while the job runs.
+        starter: what goes before the script to run it on every node of a job.
     Returns:
         None when the stage is done; otherwise why not. A stop that can be resumed has the exit
         code 75.
     """
     log = folder.log(attempt)
     log.parent.mkdir(parents=True, exist_ok=True)
-    for mark in (folder.failed, folder.stopped):
+    for mark in (folder.failed, folder.stopped, folder.stop):
         mark.unlink(missing_ok=True)
     with log.open("ab") as output:
         process = subprocess.Popen(
-            ["bash", str(folder.job)],
+            [*starter, "bash", str(script_file)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -103,7 +132,7 @@ def run(
             pass_fds=(lock,),
             preexec_fn=_die_with_parent,  # noqa: PLW1509  (one system call, nothing that locks)
         )
-        with _signals_to(process) as signals:
+        with _signals_to(process, folder.stop if starter else None) as signals:
             while process.poll() is None:
                 watch()
                 time.sleep(POLL_SECONDS)
@@ -149,8 +178,9 @@ def _stopped(folder: RunFolder, problem: str, next_step: str) -> TanrenError:
 class _signals_to:  # noqa: N801  (reads as a verb in a with statement)
     """Passes Ctrl-C and SIGTERM on to the workers; a second Ctrl-C ends them at once."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self.process, self.asked = process, False
+    def __init__(self, process: subprocess.Popen[bytes], stop: Path | None) -> None:
+        """Signals reach the workers of this node; those of other nodes read the file `stop`."""
+        self.process, self.stop, self.asked = process, stop, False
 
     def __enter__(self) -> _signals_to:
         self.before = {
@@ -174,6 +204,9 @@ class _signals_to:  # noqa: N801  (reads as a verb in a with statement)
             print("\nstopping: the step is finished and saved (Ctrl-C again ends at once)",
                   file=sys.stderr, flush=True)  # fmt: skip
         self.asked = True
+        if self.stop is not None:
+            self.stop.touch()
+            return
         for worker in _workers(self.process.pid):
             with contextlib.suppress(psutil.Error):
                 worker.send_signal(signal.SIGTERM)

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tanren.launch.machine import this_machine, visible_gpus
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import (
     ExportPlan,
+    Machine,
     Plan,
     Product,
     Request,
@@ -32,6 +33,7 @@ from tanren.plan.plan import (
     references,
     stage_of,
 )
+from tanren.plan.site import Wish
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,14 @@ class Order:
     runtime: str | None = None
     # Folders that a container is to see besides those that the recipe names.
     binds: tuple[str, ...] = ()
+    # A cluster's name, or local; None finds it out.
+    site: str | None = None
+    wish: Wish = field(default_factory=Wish)
+    # Jobs to wait for, and how many jobs one run is cut into.
+    after: tuple[str, ...] = ()
+    chain: int = 1
+    # `field=value` of user.toml for this once.
+    user: tuple[str, ...] = ()
     # The recipe of the variant may be absent: a stage that follows another has seldom one.
     plain_if_absent: bool = False
 
@@ -59,6 +69,9 @@ class Order:
         words += ["--runtime", self.runtime] if self.runtime else []
         for bind in self.binds:
             words += ["--bind", bind]
+        for assignment in self.user:
+            words += ["--set", f"user.{assignment}"]
+        words += ["--site", self.site] if self.site else []
         return shlex.join(words)
 
 
@@ -76,8 +89,12 @@ def runs_root() -> Path:
     return Path(stated).expanduser().resolve() if stated else repository() / "runs"
 
 
-def read_request(order: Order) -> Request:
-    """Read every file that an order names, and what its inputs look like on disk."""
+def read_request(order: Order, machine: Machine | None = None) -> Request:
+    """Read every file that an order names, and what its inputs look like on disk.
+
+    Args:
+        machine: what the job will have on a cluster; None for this machine.
+    """
     path = order.recipe_file.resolve()
     _check_names(order)
     variant = order.variant
@@ -86,26 +103,33 @@ def read_request(order: Order) -> Request:
     stage, recipe = read_recipe(path, variant, list(order.assignments))
     recipe = inputs.with_absolute_paths(recipe, path.parent)
     model = read_model(recipe.model) if isinstance(recipe, Convert | Midtrain) else None
-    inside = container.choose(order.runtime, visible_gpus())
+    if machine is None:
+        inside = container.choose(order.runtime, visible_gpus())
+        machine = this_machine(in_image=inside is not None)
     request = Request(
         task=path.parent.name,
         stage=stage,
         recipe=recipe,
         recipe_file=path,
         runs=runs_root(),
-        machine=this_machine(in_image=inside is not None),
+        machine=machine,
         variant=order.variant,
         name=order.name,
         model=model,
         inputs=inputs.marks(recipe),
     )
+    return with_products(request)
+
+
+def with_products(request: Request) -> Request:
+    """A request with what the stages that it stands on have made by now."""
     products = {}
-    for wanted in references(recipe):
-        name = reference(wanted, order.variant, order.name)
+    for wanted in references(request.recipe):
+        name = reference(wanted, request.variant, request.name)
         folder = RunFolder(request.runs / request.task / name)
         if folder == request.folder:
             raise RequestError(
-                path,
+                request.recipe_file,
                 f"{wanted} is this run itself",
                 "name another run (stage:midtrain-NAME), or checkpoint:PATH",
             )
@@ -170,12 +194,16 @@ def missing(order: Order, request: Request) -> list[Order]:
 def _order_of(order: Order, folder_name: str, stage: str) -> Order:
     rest = folder_name.removeprefix(stage)
     variant, _, name = rest.removeprefix(".").partition("-") if rest else ("", "", "")
-    return Order(
-        order.recipe_file.with_name(f"{stage}.yaml"),
-        variant if rest.startswith(".") else None,
-        (name if rest.startswith(".") else rest.removeprefix("-")) or None,
-        runtime=order.runtime,
-        binds=order.binds,
+    return replace(
+        order,
+        recipe_file=order.recipe_file.with_name(f"{stage}.yaml"),
+        variant=variant if rest.startswith(".") else None,
+        name=(name if rest.startswith(".") else rest.removeprefix("-")) or None,
+        assignments=(),
+        plain_if_absent=False,
+        # What was asked for the stage itself: its size, its parts.
+        wish=Wish(),
+        chain=1,
     )
 
 
@@ -263,19 +291,34 @@ def _comparable(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     return {**now, "inputs": kept} if "inputs" in now else now
 
 
-def container_for(order: Order, request: Request) -> Container | None:
-    """The container that an order's stage runs in, with its binds; None for the own Python."""
-    inside = container.choose(order.runtime, visible_gpus())
+def container_for(
+    order: Order, request: Request, gpus_per_node: int | None = None
+) -> Container | None:
+    """The container that an order's stage runs in, with its binds; None for the own Python.
+
+    Args:
+        gpus_per_node: of the cluster's nodes; None for this machine.
+    """
+    gpus = visible_gpus() if gpus_per_node is None else gpus_per_node
+    inside = container.choose(order.runtime, gpus)
     if inside is None:
         return None
     return replace(inside, binds=container.binds(request.recipe, request.runs, order.binds))
 
 
+@dataclass(frozen=True)
+class Nodes:
+    """The nodes of a job: how to start something on each, and where their processes meet."""
+
+    starter: tuple[str, ...]
+    meeting: local.Meeting
+
+
 def start(
     plan: Plan, cores: int, inside: Container | None,
-    watch: Callable[[RunFolder, int], Callable[[], None]],
+    watch: Callable[[RunFolder, int], Callable[[], None]], nodes: Nodes | None = None,
 ) -> TanrenError | None:  # fmt: skip
-    """Run a plan on this machine and wait for its end.
+    """Run a plan on this machine, or on the nodes of the job that this is, and wait for its end.
 
     Args:
         inside: the container to run it in; None for this machine's own Python.
@@ -291,10 +334,14 @@ def start(
         runs.write_json(folder.plan, value)
         image = inside.lock.facts() if inside else None
         attempt = provenance.open_attempt(folder, repository(), value, image)
-        script = local.script(folder, plan.launch, attempt, cores, inside)
-        runs.write_atomic(folder.job, script.encode())
-        folder.job.chmod(0o755)
-        ending = local.run(folder, attempt, lock, watch(folder, attempt))
+        meeting = nodes.meeting if nodes else None
+        script = local.script(folder, plan.launch, attempt, cores, inside, meeting)
+        # In a scheduler's job job.sh is what the scheduler was given.
+        file = folder.node if nodes else folder.job
+        runs.write_atomic(file, script.encode())
+        file.chmod(0o755)
+        starter = nodes.starter if nodes else ()
+        ending = local.run(folder, file, attempt, lock, watch(folder, attempt), starter)
         stopped = ending is not None and folder.stopped.exists()
         words = "done" if ending is None else "stopped" if stopped else ending.problem
         provenance.close_attempt(folder, attempt, words)

@@ -22,11 +22,13 @@ from rich.progress import (
 
 from tanren import runs
 from tanren.images.lock import Lock
+from tanren.launch.clusters import Row
 from tanren.launch.submit import shown
 from tanren.plan.batch import Batch
 from tanren.plan.cost import explained
 from tanren.plan.paths import RunFolder
-from tanren.plan.plan import ConvertPlan, ExportPlan, MidtrainPlan, Plan
+from tanren.plan.plan import ConvertPlan, ExportPlan, Launch, MidtrainPlan, Plan
+from tanren.plan.site import Place
 
 PLAIN_SECONDS = 10.0
 
@@ -178,8 +180,10 @@ def _training_summary(plan: MidtrainPlan, result: dict[str, Any], screen: Consol
     screen.print(f"  checkpoint {shown(plan.folder.checkpoint(int(result['iteration'])))}")
 
 
-def print_plan(plan: Plan, state: str, script: str, screen: Console) -> None:
-    """The plan as a person reads it."""
+def print_plan(
+    plan: Plan, state: str, place: Place | None, scripts: list[tuple[str, str]], screen: Console
+) -> None:
+    """The plan as a person reads it, and the scripts that would run."""
     variant = f" variant {plan.variant}" if plan.variant else ""
     rows = [
         ("run folder", shown(plan.run)),
@@ -199,13 +203,63 @@ def print_plan(plan: Plan, state: str, script: str, screen: Console) -> None:
             for source in plan.recipe.sources
         ]
     launch = plan.launch
-    rows.append(("processes", f"{launch.processes} on this machine ({launch.device})"))
+    if place is None:
+        rows.append(("processes", f"{launch.processes} on this machine ({launch.device})"))
+    else:
+        rows += _place_rows(place, launch)
     width = max(len(name) for name, _ in rows) + 2
     for name, value in rows:
         # Whole lines: a path that is cut cannot be copied.
         screen.print(f"{name:<{width}}{value}", markup=False)
-    screen.print("job script", style="bold")
-    screen.print(script.rstrip(), markup=False, style="dim")
+    for title, script in scripts:
+        screen.print(title, style="bold")
+        screen.print(script.rstrip(), markup=False, style="dim")
+
+
+def _place_rows(place: Place, launch: Launch) -> list[tuple[str, str]]:
+    hours = f"{place.hours:g} hours"
+    points = (
+        f"; {place.points:,.0f} points for the whole time ({place.type.points_per_hour:g} a node "
+        f"and hour, the site's file)"
+        if place.points is not None
+        else ""
+    )
+    group = f", group {place.group}" if place.group else ""
+    return [
+        (
+            "job",
+            f"{place.nodes} x {place.type_name} on {place.title} for at most {hours}{group}",
+        ),
+        ("cost", f"{place.nodes * place.hours:,.1f} node-hours{points}"),
+        ("processes", f"{launch.processes} on {launch.nodes} nodes ({launch.device})"),
+    ]
+
+
+def print_status(rows: list[Row], screen: Console) -> None:
+    """A table of runs."""
+    if not rows:
+        screen.print("no runs yet")
+        return
+    titles = ("run", "state", "job", "step", "loss", "tokens/s", "left", "last line of the log")
+    cells = [
+        (
+            row.run, row.state, row.job, f"{row.step}/{row.steps}" if row.steps else "",
+            f"{row.loss:.3f}" if row.loss is not None else "",
+            f"{row.rate:,.0f}" if row.rate else "",
+            clock(row.left) if row.left is not None else "", row.last,
+        )
+        for row in rows
+    ]  # fmt: skip
+    widths = [
+        max(len(row[column]) for row in (titles, *cells)) for column in range(len(titles) - 1)
+    ]
+    for number, row in enumerate([titles, *cells]):
+        line = "  ".join(
+            [*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]
+        )
+        # Whole lines in a pipe; what does not fit a terminal is the log, which is at the end.
+        shown_line = line[: screen.width] if screen.is_terminal else line
+        screen.print(shown_line.rstrip(), style=None if number else "bold", markup=False)
 
 
 def _midtrain_rows(plan: MidtrainPlan, batch: Batch) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -29,7 +30,12 @@ logger = logging.getLogger("tanren")
 def run(plan: MidtrainPlan, attempt: int) -> None:
     """Train, or go on training, until the last step or a signal."""
     folder = plan.folder
-    stop = loop.StopRequest()
+    deadline = os.environ.get("TANREN_DEADLINE")
+    stop = loop.StopRequest(
+        # One rank asks the file system; the others hear of it with the loss.
+        folder.stop if os.environ.get("RANK", "0") == "0" else None,
+        float(deadline) if deadline else None,
+    )
     stop.install()
     ranks = distributed.initialize(plan.recipe.layout, plan.launch.device, plan.recipe.seed)
     _describe(plan, ranks)

@@ -1,0 +1,197 @@
+"""Stages on a cluster as a person sees them: where they go, what they wait for, how they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tanren import runs
+from tanren.config.errors import RequestError, TanrenError
+from tanren.config.load import read_recipe, read_user, recipe_path
+from tanren.launch import container, queue, submit
+from tanren.launch.submit import Order, shown
+from tanren.plan.paths import RunFolder
+from tanren.plan.plan import Request, make_plan, read_plan, reference, references
+from tanren.plan.site import Place
+
+
+def place_for(order: Order) -> Place | None:
+    """Where an order's stage runs; None for this machine.
+
+    Raises:
+        RequestError: the site has not what is asked for, or the order asks a machine for jobs.
+    """
+    user = read_user(order.user)
+    site = queue.find_site(order.site, user)
+    if site is None:
+        wish = order.wish
+        asked = [name for name, value in (("NODES", wish.nodes), ("HOURS", wish.hours),
+                 ("TYPE", wish.type), ("AFTER", order.after)) if value]  # fmt: skip
+        asked += ["CHAIN"] if order.chain > 1 else []
+        if asked and not order.after:
+            raise RequestError(
+                f"{', '.join(asked)}", "ask for a job, and this machine is no cluster",
+                "SITE=... names one (recipes/sites); or leave it out",
+            )  # fmt: skip
+        return None
+    path = order.recipe_file.resolve()
+    variant = order.variant
+    if order.plain_if_absent and not recipe_path(path, variant).exists():
+        variant = None
+    stage, recipe = read_recipe(path, variant, list(order.assignments))
+    return queue.place_of(site, recipe, stage, order.wish, user)
+
+
+def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) -> tuple[str, ...]:
+    """Submit a stage, and before it what it stands on and is missing if asked to.
+
+    Returns:
+        its jobs; none when it is done already.
+    """
+    request = submit.read_request(order, queue.machine_of(place))
+    waits, made_first = list(order.after), []
+    for wanted in references(request.recipe):
+        its_jobs = _needed(order, request, wanted, needs, say)
+        if its_jobs:
+            waits += its_jobs
+            name = reference(wanted, order.variant, order.name)
+            made_first.append(request.products[name].folder.root)
+    plan = make_plan(request)
+    start = submit.look(plan)
+    if start.done:
+        say(f"{plan.stage} is done: {shown(plan.run)}")
+        return ()
+    inside = submit.container_for(order, request, place.type.gpus)
+    if inside is None and place.type.gpus and order.runtime != "native":
+        raise RequestError(
+            container.images_folder(), "holds no image for GPUs (train.sif), which the job needs",
+            "make build-image IMAGE=train, or RUNTIME=native where .venv has Transformer Engine",
+        )  # fmt: skip
+    after, others = queue.after_jobs(dict.fromkeys(waits), place, request.runs)
+    # Grid Engine starts a job after any end of another; the job itself looks at these.
+    must_be_done = tuple(dict.fromkeys([*made_first, *others]))
+    sent = queue.submit(order, request, plan, place, after, must_be_done, chain=order.chain)
+    jobs = ", ".join(sent.ids)
+    waiting = f", after {', '.join(after.ids)}" if after.ids and sent.new else ""
+    verb = "submitted" if sent.new else "is in the queue already"
+    say(f"{plan.stage} {verb}: job {jobs} on {place.title}{waiting}")
+    say(f"  log      {shown(plan.folder.root / 'log')}   (make status; make logs RUN="
+        f"{request.task}/{plan.folder.root.name})")  # fmt: skip
+    return sent.ids
+
+
+def _needed(
+    order: Order, request: Request, wanted: str, needs: bool, say: Callable[[str], None]
+) -> tuple[str, ...]:
+    """The job to wait for before a stage can use another's product; none when it is there."""
+    name = reference(wanted, order.variant, order.name)
+    product = request.products[name]
+    if product.result is not None:
+        return ()
+    live = queue.live_jobs(product.folder)
+    if live:
+        return tuple(live)[-1:]
+    there = [needed for needed in submit.missing(order, request)
+             if needed.recipe_file.stem == product.stage]  # fmt: skip
+    if not there:
+        return ()
+    if not needs:
+        submit.refuse_missing(order, request)
+    needed = there[0]
+    place = place_for(needed)
+    assert place is not None, needed
+    return send(needed, place, True, say)[-1:]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run in the table of `make status`."""
+
+    run: str
+    state: str
+    job: str = ""
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    rate: float | None = None
+    left: float | None = None
+    last: str = ""
+
+
+def status(root: Path) -> list[Row]:
+    """Every run below a runs folder, by its run folder and, where it has jobs, its scheduler."""
+    folders = sorted({path.parent for name in ("plan.json", "jobs.json")
+                      for path in root.glob(f"*/*/{name}")})  # fmt: skip
+    return [_row(RunFolder(folder), root) for folder in folders]
+
+
+def _row(folder: RunFolder, root: Path) -> Row:
+    try:
+        live = queue.live_jobs(folder)
+        asked = None
+    except TanrenError as error:
+        live, asked = {}, error
+    state = _state(folder, tuple(live.values()))
+    if asked is not None and state == "unfinished":
+        state = "unknown: the scheduler does not answer"
+    metrics = runs.read_lines(folder.metrics)[-50:]
+    steps = [line for line in metrics if "loss" in line]
+    total, left = 0, None
+    if folder.plan.exists():
+        plan = read_plan(folder.plan)
+        total = plan.batch.steps if plan.stage == "midtrain" else 0
+    if steps and total and state == "running":
+        mean = sum(line["seconds"] for line in steps) / len(steps)
+        left = (total - steps[-1]["step"]) * mean
+    log = newest_log(folder, required=False)
+    lines = log.read_text(errors="replace").splitlines() if log else []
+    return Row(
+        run=str(folder.root.relative_to(root)),
+        state=state,
+        job=" ".join(live),
+        step=int(steps[-1]["step"]) if steps else 0,
+        steps=total,
+        loss=steps[-1]["loss"] if steps else None,
+        rate=steps[-1]["tokens_per_second"] if steps else None,
+        left=left,
+        last=next((line.strip() for line in reversed(lines) if line.strip()), ""),
+    )
+
+
+def _state(folder: RunFolder, live: tuple[str, ...]) -> str:
+    if "running" in live:
+        return "running"
+    if live:
+        return "waiting" if set(live) == {"held"} else "queued"
+    if folder.done.exists():
+        return "done"
+    if runs.failure_of(folder) is not None:
+        return "failed"
+    if folder.stopped.exists():
+        return "stopped, goes on"
+    if runs.is_locked(folder.lock):
+        return "running"
+    return "unfinished"
+
+
+def newest_log(folder: RunFolder, *, required: bool = True) -> Path | None:
+    """The log that was written last: an attempt's, or what the scheduler itself had to say."""
+    logs = [path for path in (folder.root / "log").glob("*.log") if path.stat().st_size]
+    attempts = [path for path in logs if re.fullmatch(r"\d+", path.stem)]
+    if not logs:
+        if required:
+            raise RequestError(shown(folder.root), "has no log yet", "make status")
+        return None
+    return max(attempts or logs, key=lambda path: path.stat().st_mtime)
+
+
+def folder_of(name: str, root: Path) -> RunFolder:
+    """A run folder by its path, or by TASK/RUN below the runs folder."""
+    for path in (Path(name), root / name):
+        if (path / "plan.json").exists() or (path / "jobs.json").exists():
+            return RunFolder(path.resolve())
+    known = sorted(str(path.parent.relative_to(root)) for path in root.glob("*/*/plan.json"))
+    raise RequestError(f"RUN={name}", f"there is no such run in {root}",
+                       f"the runs are {', '.join(known[:12]) or 'none'}")  # fmt: skip

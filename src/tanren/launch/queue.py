@@ -1,0 +1,386 @@
+"""Submits stages to a cluster's scheduler, remembers their jobs, asks how they are, ends them.
+
+What was asked for is frozen in order.json when it is submitted: a recipe that is edited while its
+job waits does not change the job. jobs.json is written before the scheduler is asked, so that an
+answer that got lost is looked for by the job's name instead of submitting twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+from pydantic import ValidationError
+
+from tanren import runs
+from tanren.config.errors import RequestError, TanrenError, WorkError
+from tanren.config.load import read_site, repository, sites
+from tanren.config.schema import STAGES, Model, Recipe, Strict, User
+from tanren.launch import container, scheduler
+from tanren.launch.scheduler import After, JobRequest, State
+from tanren.launch.submit import Order, shown
+from tanren.plan.cost import Gpu
+from tanren.plan.paths import TRAINING_STAGES, RunFolder
+from tanren.plan.plan import Machine, Plan, Request
+from tanren.plan.site import Place, Wish, make_place
+
+# A stage stops so long before the end of its walltime, to save; at most this share of it.
+MARGIN_SECONDS, MARGIN_SHARE = 600, 0.15
+# Where the processes of several nodes meet: one of PORTS from here on, by the job's id.
+FIRST_PORT, PORTS = 20000, 20000
+
+
+class Ordered(Strict):
+    """order.json: a request without what only the job can know."""
+
+    format: int = 1
+    task: str
+    stage: str
+    variant: str | None
+    name: str | None
+    recipe_file: str
+    runs: str
+    recipe: dict[str, Any]
+    model: Model | None
+    runtime: str | None
+    binds: tuple[str, ...]
+    site: str
+    type: str
+    nodes: int
+    hours: float
+    # Run folders that must be DONE when the job starts.
+    needs: tuple[str, ...] = ()
+
+
+class Submitted(Strict):
+    """One job of a run. The id is None while the scheduler has not answered."""
+
+    id: str | None
+    name: str
+    site: str
+    segment: int
+    submitted: str
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What came of submitting a run: its jobs, the last one first to be waited for."""
+
+    ids: tuple[str, ...]
+    new: bool
+
+
+_SUBMITS = {"pbs": "qsub", "gridengine": "qsub", "slurm": "sbatch"}
+
+
+def find_site(wanted: str | None, user: User) -> str | None:
+    """The site to use: the wish, else user.toml's, else by what this machine has; None is local."""
+    name = wanted or os.environ.get("SITE") or user.site
+    if name is None:
+        found = [
+            site_name
+            for site_name, site in sites().items()
+            if site.found_by
+            and all(Path(folder).is_dir() for folder in site.found_by)
+            and shutil.which(_SUBMITS[site.scheduler])
+        ]
+        return found[0] if found else None
+    if name.endswith(".yaml"):
+        return str(Path(name).expanduser().resolve())
+    return None if name == "local" else name
+
+
+def place_of(site_name: str, recipe: Recipe, stage: str, wish: Wish, user: User) -> Place:
+    """The place of a stage on a site, within the site's limits."""
+    return make_place(
+        site_name, read_site(site_name), recipe.job, wish, user.group,
+        trains=stage in TRAINING_STAGES,
+    )  # fmt: skip
+
+
+def machine_of(place: Place) -> Machine:
+    """What the job will have, as far as the site's file knows."""
+    gpu = place.site.gpu
+    return Machine(
+        gpus=place.gpus,
+        nodes=place.nodes,
+        cores=place.type.cores,
+        gpu=Gpu(gpu.name, gpu.memory_gib) if gpu and place.gpus else None,
+    )
+
+
+def job_request(folder: RunFolder, place: Place, task: str) -> JobRequest:
+    """A run's job in the words that all schedulers share."""
+    # A name of its own, by which a job whose id got lost is found again.
+    mark = hashlib.sha256(str(folder.root).encode()).hexdigest()[:6]
+    return JobRequest(
+        # A letter first, as Grid Engine wants it.
+        name=f"{'' if task[0].isalpha() else 't'}{task}-{folder.root.name}"[:50] + f"-{mark}",
+        type=place.type_name,
+        nodes=place.nodes,
+        hours=place.hours,
+        group=place.group,
+        output=folder.job_log.parent,
+        gpus_per_node=place.type.gpus,
+        cores=place.type.cores,
+        reservation=place.reservation,
+    )
+
+
+def script(folder: RunFolder, place: Place, task: str, segment: int = 1) -> str:
+    """The script that the scheduler is given; it hands over to `tanren job` on the first node."""
+    job = job_request(folder, place, task)
+    margin = min(MARGIN_SECONDS, MARGIN_SHARE * place.hours * 3600)
+    seconds = int(place.hours * 3600 - margin)
+    environment = {
+        **place.site.environment,
+        "TANREN_PYTHON": sys.executable,
+        "RUNS": str(folder.root.parents[1]),
+        "IMAGES": str(container.images_folder()),
+    }
+    for name in ("TANREN_USER", "TANREN_CACHE", "HF_HOME"):
+        if name in os.environ:
+            environment[name] = os.environ[name]
+    command = [str(repository() / "bin" / "tanren"), "job", str(folder.root)]
+    command += ["--segment", str(segment)] if segment > 1 else []
+    lines = [
+        "#!/bin/bash",
+        *scheduler.adapter(place.site.scheduler).header(job),
+        f"# {folder.root}, written by tanren. Nothing here is to be edited.",
+        f"exec >>{shlex.quote(str(folder.job_log))} 2>&1",
+        *place.site.setup,
+        "set -euo pipefail",
+        *(f"export {key}={shlex.quote(value)}" for key, value in environment.items()),
+        f"export TANREN_DEADLINE=$(($(date +%s) + {seconds}))",
+        f"exec {shlex.join(command)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def read_jobs(folder: RunFolder) -> list[Submitted]:
+    """The jobs of a run, oldest first."""
+    value = runs.read_json(folder.jobs) or []
+    try:
+        return [Submitted.model_validate(item) for item in value]
+    except ValidationError as error:
+        raise RequestError(
+            folder.jobs, f"was not written by this version of tanren: {error.errors()[0]['msg']}",
+            "remove it once the scheduler has no job of this run",
+        ) from None  # fmt: skip
+
+
+def live_jobs(folder: RunFolder) -> dict[str, State]:
+    """The jobs of a run that the scheduler still has, with their states.
+
+    A job whose id never came is found by its name, and its id written down.
+    """
+    jobs = read_jobs(folder)
+    if not jobs:
+        return {}
+    there = _states(jobs[-1].site)
+    known = {job.id for job in jobs}
+    for number, job in enumerate(jobs):
+        if job.id is None:
+            found = [key for key, (name, _) in there.items()
+                     if job.name == name and key not in known]  # fmt: skip
+            jobs[number] = job.model_copy(update={"id": found[0] if found else ""})
+    if any(job.id is None for job in read_jobs(folder)):
+        _write_jobs(folder, [job for job in jobs if job.id])
+    ids = [job.id for job in jobs if job.id in there]
+    return {key: there[key][1] for key in ids if key and there[key][1] != "ended"}
+
+
+def _states(site_name: str) -> dict[str, tuple[str, State]]:
+    adapter = scheduler.adapter(read_site(site_name).scheduler)
+    return adapter.states(scheduler.ask(adapter.query(), "list jobs"))
+
+
+def _write_jobs(folder: RunFolder, jobs: Iterable[Submitted]) -> None:
+    runs.write_json(folder.jobs, [orjson.loads(job.model_dump_json()) for job in jobs])
+
+
+def submit(
+    order: Order, request: Request, plan: Plan, place: Place, after: After,
+    must_be_done: tuple[Path, ...] = (), *, chain: int = 1,
+) -> Sent:  # fmt: skip
+    """Submit a stage, or find the jobs of it that are there already.
+
+    Args:
+        after: jobs to wait for.
+        must_be_done: run folders that must be done when the job starts.
+        chain: jobs, one after the other, each of which goes on where the last one stopped.
+    Raises:
+        RequestError: the scheduler refuses. WorkError: it does not answer; nothing is lost.
+    """
+    folder = plan.folder
+    folder.root.mkdir(parents=True, exist_ok=True)
+    (folder.root / "log").mkdir(exist_ok=True)
+    with runs.locked(folder.root / ".submit", wait_seconds=60):
+        live = live_jobs(folder)
+        if live:
+            return Sent(tuple(live), new=False)
+        _write_order(order, request, place, folder, must_be_done)
+        for mark in (folder.failed, folder.stopped, folder.stop):
+            mark.unlink(missing_ok=True)
+        ids: list[str] = []
+        for segment in range(1, chain + 1):
+            waits = after if segment == 1 else After((ids[-1],), success=False)
+            ids.append(_submit_one(folder, place, request.task, segment, waits))
+    return Sent(tuple(ids), new=True)
+
+
+def _write_order(
+    order: Order, request: Request, place: Place, folder: RunFolder, must_be_done: tuple[Path, ...]
+) -> None:
+    frozen = Ordered(
+        task=request.task,
+        stage=request.stage,
+        variant=request.variant,
+        name=request.name,
+        recipe_file=str(request.recipe_file),
+        runs=str(request.runs),
+        recipe=orjson.loads(request.recipe.model_dump_json()),
+        model=request.model,
+        runtime=order.runtime,
+        binds=order.binds,
+        site=place.site_name,
+        type=place.type_name,
+        nodes=place.nodes,
+        hours=place.hours,
+        needs=tuple(map(str, must_be_done)),
+    )
+    runs.write_json(folder.order, orjson.loads(frozen.model_dump_json()))
+
+
+def _submit_one(folder: RunFolder, place: Place, task: str, segment: int, after: After) -> str:
+    adapter = scheduler.adapter(place.site.scheduler)
+    file = folder.segment(segment)
+    runs.write_atomic(file, script(folder, place, task, segment).encode())
+    file.chmod(0o755)
+    job = job_request(folder, place, task)
+    entry = Submitted(
+        id=None, name=job.name, site=place.site_name, segment=segment,
+        submitted=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    )  # fmt: skip
+    before = read_jobs(folder)
+    _write_jobs(folder, [*before, entry])
+    try:
+        answer = scheduler.ask(adapter.submit(job, file, after), "submit a job")
+        number = adapter.job_id(answer)
+    except RequestError:
+        # Refused, mostly; but a connection that broke after the job was taken looks alike.
+        number = _find(place, job.name, {other.id for other in before})
+        if number is None:
+            _write_jobs(folder, before)
+            raise
+    if number is None:
+        raise WorkError(
+            f"{place.site_name}: {shlex.join(adapter.submit(job, file, after))}",
+            f"answered {answer.strip()!r}, which holds no job id",
+            "make status looks for the job by its name; the same command does not submit it twice",
+        )
+    _write_jobs(folder, [*before, entry.model_copy(update={"id": number})])
+    return number
+
+
+def _find(place: Place, name: str, known: set[str | None]) -> str | None:
+    """The job of this name that is not known yet; None where the scheduler has none."""
+    try:
+        there = _states(place.site_name)
+    except TanrenError:
+        return None
+    return next(
+        (key for key, (title, _) in there.items() if title == name and key not in known), None
+    )
+
+
+def read_order(folder: RunFolder) -> tuple[Ordered, Request]:
+    """What was submitted, as a request that lacks the machine and the products alone."""
+    try:
+        order = Ordered.model_validate_json(folder.order.read_bytes())
+        recipe = STAGES[order.stage].model_validate_json(orjson.dumps(order.recipe))
+    except FileNotFoundError:
+        raise RequestError(
+            folder.order, "there is no such order", "submit the stage again"
+        ) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise RequestError(
+            folder.order, f"was written by another version of tanren ({field}: {first['msg']})",
+            "submit the stage again",
+        ) from None  # fmt: skip
+    request = Request(
+        task=order.task,
+        stage=order.stage,
+        recipe=recipe,  # type: ignore[arg-type]
+        recipe_file=Path(order.recipe_file),
+        runs=Path(order.runs),
+        machine=Machine(),
+        variant=order.variant,
+        name=order.name,
+        model=order.model,
+    )
+    return order, request
+
+
+def cancel(folder: RunFolder, *, now: bool) -> str:
+    """End a run's jobs: a training stage saves first, unless it is to end now.
+
+    Returns:
+        what was done, for a person.
+    """
+    live = live_jobs(folder)
+    if not live:
+        raise RequestError(shown(folder.root), "has no job in the scheduler", "make status")
+    running = [job for job, state in live.items() if state == "running"]
+    adapter = scheduler.adapter(read_site(read_jobs(folder)[-1].site).scheduler)
+    gently = (
+        bool(running)
+        and not now
+        and folder.root.name.split(".")[0].split("-")[0] in (TRAINING_STAGES)
+    )
+    for job in reversed(list(live)):
+        if gently and job in running:
+            folder.stop.touch()
+        else:
+            scheduler.ask(adapter.cancel(job), f"cancel {job}")
+    if gently:
+        return f"job {running[0]} saves after its step and ends; NOW=1 ends it at once"
+    return f"cancelled {', '.join(live)}"
+
+
+def after_jobs(
+    wishes: Iterable[str], place: Place, runs_root: Path
+) -> tuple[After, tuple[Path, ...]]:
+    """The jobs that AFTER= names, and on Grid Engine the runs whose success must be looked up.
+
+    Raises:
+        RequestError: Grid Engine does not wait for success, and the job is no run of ours.
+    """
+    ids = tuple(wishes)
+    if not ids or place.site.scheduler != "gridengine":
+        return After(ids), ()
+    owners = {
+        job.id: path.parent
+        for path in runs_root.glob("*/*/jobs.json")
+        for job in read_jobs(RunFolder(path.parent))
+    }
+    for job in ids:
+        if job not in owners:
+            raise RequestError(
+                f"AFTER={job}",
+                "is no job of a run in this runs folder, and Grid Engine waits for the end of a "
+                "job, however it ends",
+                "name a job that tanren submitted, or submit when the other job is done",
+            )
+    return After(ids), tuple(owners[job] for job in ids)

@@ -1,0 +1,350 @@
+"""Submitting: what is refused before, what is never done twice, what a job does when it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tanren import runs
+from tanren.config.errors import RequestError
+from tanren.config.load import read_site, read_user
+from tanren.config.schema import Job, Site, User
+from tanren.launch import queue
+from tanren.plan.paths import RunFolder
+from tanren.plan.site import Wish, make_place
+from tests.conftest import RECIPES, REPOSITORY, SHORT, Finished, Tanren, wait_for
+
+FAKE = Path(__file__).with_name("fake_slurm.py")
+
+
+class Cluster:
+    """A Slurm that keeps a queue and runs nothing, a site for it, and tanren before it."""
+
+    def __init__(self, folder: Path, prepared: Path | None) -> None:
+        self.queue = folder / "queue.json"
+        tools = folder / "tools"
+        tools.mkdir()
+        for name in ("sbatch", "squeue", "scancel", "scontrol"):
+            (tools / name).symlink_to(FAKE)
+        self.site = folder / "mine.yaml"
+        text = (REPOSITORY / "recipes" / "sites" / "slurm.yaml").read_text()
+        self.site.write_text(text + "environment: {NCCL_DEBUG: WARN}\n")
+        self.runs = folder / "runs"
+        if prepared:
+            shutil.copytree(prepared / "tiny", self.runs / "tiny")
+        self.environment = {
+            "PATH": f"{tools}:{os.environ['PATH']}", "FAKE_SLURM": str(self.queue),
+            "TANREN_USER": str(folder / "user.toml"),
+        }  # fmt: skip
+        (folder / "user.toml").write_text(f'site = "{self.site}"\n')
+        self.tanren = Tanren(self.runs, self.environment)
+
+    def stage(self, stage: str, *words: str, sets: tuple[str, ...] = ()) -> Finished:
+        return self.tanren(stage, str(RECIPES / f"{stage}.yaml"), "--type", "cpu", *words,
+                           sets=sets)  # fmt: skip
+
+    def midtrain(self, *words: str, sets: tuple[str, ...] = ()) -> Finished:
+        return self.stage("midtrain", *words, sets=(*SHORT, *sets))
+
+    @property
+    def jobs(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = json.loads(self.queue.read_text())["jobs"]
+        return found
+
+    def tell(self, **what: str) -> None:
+        state = json.loads(self.queue.read_text()) if self.queue.exists() else {"jobs": []}
+        self.queue.write_text(json.dumps(state | what))
+
+    def mark(self, number: int, state: str) -> None:
+        value = json.loads(self.queue.read_text())
+        value["jobs"][number]["state"] = state
+        self.queue.write_text(json.dumps(value))
+
+    def run(self, number: int, hosts: str = "node1") -> Finished:
+        """Run a job as Slurm would, with nothing of the submitter's environment."""
+        self.mark(number, "RUNNING")
+        job = self.jobs[number]
+        environment = {
+            "PATH": self.environment["PATH"], "FAKE_SLURM": str(self.queue), "HOME": "/root",
+            "SLURM_JOB_ID": job["id"], "SLURM_JOB_NODELIST": hosts, "RUNTIME": "native",
+            "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        done = subprocess.run([job["words"][-1]], env=environment, capture_output=True, text=True,
+                              check=False, timeout=120)  # fmt: skip
+        self.mark(number, "COMPLETED" if done.returncode == 0 else "FAILED")
+        log = Path(job["words"][-1]).parent / "log" / "job.log"
+        said = log.read_text()
+        log.unlink()
+        return Finished(done.returncode, said, done.stdout + done.stderr)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, prepared: Path) -> Cluster:
+    return Cluster(tmp_path, prepared)
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path, None)
+
+
+def test_one_command_submits_the_road_with_its_dependencies(empty: Cluster) -> None:
+    done = empty.stage("midtrain", "--hours", "2", "--needs", "--then", "export")
+    assert done.code == 0, done.text
+    folders = [Path(job["words"][-1]).parent.name for job in empty.jobs]
+    assert folders == ["preprocess", "convert", "midtrain", "export"]
+    dependencies = [[word for word in job["words"] if "--dependency" in word] for job in empty.jobs]
+    assert dependencies == [[], ["--dependency=afterok:100"], ["--dependency=afterok:100:101"],
+                            ["--dependency=afterok:102"]]  # fmt: skip
+    assert "midtrain submitted: job 102 on mine, after 100, 101" in done.out
+    assert "make logs RUN=tiny/midtrain" in done.out
+    script = (empty.runs / "tiny" / "midtrain" / "job.sh").read_text()
+    assert "#SBATCH --time=2:00:00" in script
+    assert "export NCCL_DEBUG=WARN" in script
+
+
+def test_the_same_command_again_submits_nothing(cluster: Cluster) -> None:
+    assert cluster.midtrain().code == 0
+    again = cluster.midtrain()
+    assert again.code == 0
+    assert "midtrain is in the queue already: job 100" in again.out
+    assert len(cluster.jobs) == 1
+    cluster.mark(0, "CANCELLED")
+    assert "midtrain submitted: job 101" in cluster.midtrain().out
+
+
+@pytest.mark.parametrize("answer", ["Welcome to the cluster", "broken"])
+def test_an_answer_that_got_lost_does_not_submit_twice(cluster: Cluster, answer: str) -> None:
+    cluster.tell(say=answer)
+    first = cluster.midtrain()
+    if answer == "broken":
+        assert "midtrain submitted: job 100" in first.out
+    else:
+        assert first.code == 1
+        assert "answered 'Welcome to the cluster', which holds no job id" in first.text
+        assert "does not submit it twice" in first.text
+    again = cluster.midtrain()
+    assert "is in the queue already: job 100" in again.out
+    assert len(cluster.jobs) == 1
+
+
+def test_what_the_scheduler_refuses_leaves_nothing_behind(cluster: Cluster) -> None:
+    cluster.tell(refuse="Invalid account or account/partition combination specified")
+    done = cluster.midtrain()
+    assert done.code == 2
+    assert "sbatch: refused to submit a job: sbatch: error: Invalid account" in done.err
+    assert queue.read_jobs(RunFolder(cluster.runs / "tiny" / "midtrain")) == []
+    cluster.queue.unlink()
+    assert "submitted: job 100" in cluster.midtrain().out
+
+
+def test_a_job_runs_what_was_asked_for_when_it_was_submitted(cluster: Cluster) -> None:
+    """Not what the recipe says when the queue has let it through."""
+    recipes = cluster.runs.parent / "tiny"
+    shutil.copytree(RECIPES, recipes)
+    recipe = recipes / "midtrain.yaml"
+    words = ("midtrain", str(recipe), "--type", "cpu")
+    assert cluster.tanren(*words, sets=SHORT).code == 0
+    recipe.write_text("nonsense: true\n")
+    done = cluster.run(0)
+    assert done.code == 0, done.text
+    assert "job 100 on node1" in done.out
+    folder = RunFolder(cluster.runs / "tiny" / "midtrain")
+    assert runs.result_of(folder)
+    assert folder.node.exists()
+    assert (folder.root / "passport.json").exists()
+
+
+def test_a_chain_stops_before_its_walltime_saves_and_goes_on(cluster: Cluster) -> None:
+    done = cluster.midtrain("--chain", "3")
+    assert done.code == 0, done.text
+    assert "job 100, 101, 102 on mine" in done.out
+    assert ["--dependency=afterany:100" in job["words"] for job in cluster.jobs] == [
+        False, True, False,
+    ]  # fmt: skip
+    folder = RunFolder(cluster.runs / "tiny" / "midtrain")
+    # A walltime that is over when the first step is.
+    text = folder.job.read_text()
+    line = next(line for line in text.splitlines() if "TANREN_DEADLINE" in line)
+    folder.job.write_text(text.replace(line, "export TANREN_DEADLINE=1"))
+    first = cluster.run(0)
+    assert first.code == 75, first.text
+    assert "stopped by the end of its walltime after step 1, saved" in first.text
+    second = cluster.run(1)
+    assert second.code == 0, second.text
+    assert "goes on from iteration 1" in second.out
+    third = cluster.run(2)
+    assert third.code == 0
+    assert "midtrain is done" in third.out
+
+
+def test_a_chain_does_not_go_on_after_a_failure(cluster: Cluster) -> None:
+    assert cluster.midtrain("--chain", "2").code == 0
+    folder = RunFolder(cluster.runs / "tiny" / "midtrain")
+    for file in (cluster.runs / "tiny" / "preprocess" / "tokens").glob("*.bin"):
+        file.write_bytes(b"")
+    first = cluster.run(0)
+    assert first.code in (1, 2), first.text
+    assert runs.failure_of(folder) is not None
+    second = cluster.run(1)
+    assert second.code == 1
+    assert "the job before this one failed" in second.text
+    assert len(runs.read_json(folder.passport)["attempts"]) == 1
+
+
+def test_a_request_to_stop_saves_and_ends(cluster: Cluster) -> None:
+    long = tuple("steps=3000" if text == "steps=8" else text for text in SHORT)
+    cluster.stage("midtrain", sets=long)
+    folder = RunFolder(cluster.runs / "tiny" / "midtrain")
+    ended: list[Finished] = []
+    thread = threading.Thread(target=lambda: ended.append(cluster.run(0)))
+    thread.start()
+    wait_for(lambda: len(runs.read_lines(folder.metrics)) > 4)
+    shown = cluster.tanren("status").out
+    line = next(text for text in shown.splitlines() if text.startswith("tiny/midtrain "))
+    assert line.split()[1:3] == ["running", "100"]
+    assert "/3000" in line
+    said = cluster.tanren("cancel", "tiny/midtrain")
+    assert "job 100 saves after its step and ends" in said.out
+    thread.join(60)
+    assert ended[0].code == 75, ended[0].text
+    assert "stopped by request (STOP)" in ended[0].text
+    assert runs.iterations(folder)[-1] > 0
+
+
+def test_cancel_takes_waiting_jobs_out_of_the_queue(cluster: Cluster) -> None:
+    cluster.midtrain("--chain", "2")
+    done = cluster.tanren("cancel", "tiny/midtrain")
+    assert done.out.strip() == "cancelled 100, 101"
+    assert [job["state"] for job in cluster.jobs] == ["CANCELLED", "CANCELLED"]
+    again = cluster.tanren("cancel", "tiny/midtrain")
+    assert again.code == 2
+    assert "has no job in the scheduler" in again.err
+    wrong = cluster.tanren("cancel", "tiny/nothing")
+    assert wrong.code == 2
+    assert "RUN=tiny/nothing: there is no such run" in wrong.err
+
+
+def test_a_stage_whose_base_failed_says_so_and_does_nothing(empty: Cluster) -> None:
+    """As on Grid Engine, which starts a job after any end of the one before."""
+    empty.stage("convert", "--needs")
+    folder = RunFolder(empty.runs / "tiny" / "preprocess")
+    runs.mark_failed(folder, RequestError("here", "no text"))
+    done = empty.run(1)
+    assert done.code == 2
+    assert "preprocess: is not done, and this stage stands on it: no text" in done.text
+
+
+def test_fewer_hosts_than_asked_for_is_a_failure_of_the_site(cluster: Cluster) -> None:
+    site = cluster.site.read_text().replace("gpus: 8, cores: 96", "gpus: 0, cores: 4")
+    cluster.site.write_text(site)
+    done = cluster.tanren("midtrain", str(RECIPES / "midtrain.yaml"), "--nodes", "2",
+                          sets=(*SHORT, "layout.data=2"))  # fmt: skip
+    assert done.code == 0, done.text
+    ran = cluster.run(0, hosts="node1")
+    assert ran.code == 1
+    assert "the job has 1 hosts (node1), and asked for 2" in ran.text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--type", "fpga"), "TYPE=fpga: mine.yaml has no such resource type"),
+        (("--type", "gpu", "--nodes", "65"), "NODES=65: a job of gpu on mine.yaml may have 64"),
+        (("--hours", "200"), "HOURS=200: a job of cpu on mine.yaml may take 168 hours"),
+        (("--site", "abci4"), "abci4.yaml: there is no such file"),
+        (
+            ("--site", "abci3", "--type", "rt_HC"),
+            "user.toml: names no group, and abci3 charges one",
+        ),
+        (("--site", "local", "--nodes", "2"), "NODES, TYPE: ask for a job, and this machine is no"),
+        (("--type", "gpu"), "holds no image for GPUs (train.sif), which the job needs"),
+    ],
+)
+def test_what_the_site_has_not_is_refused_before_anything_is_submitted(
+    cluster: Cluster, words: tuple[str, ...], message: str
+) -> None:
+    cluster.tanren.environment["RUNTIME"] = ""
+    cluster.tanren.environment["IMAGES"] = str(cluster.runs.parent)
+    done = cluster.midtrain(*words)
+    assert done.code == 2, done.text
+    assert message in done.err.replace(str(cluster.site), "mine.yaml")
+    assert not cluster.queue.exists()
+
+
+def test_the_limits_of_abci_name_what_fits() -> None:
+    abci = read_site("abci3")
+
+    def refused(**wish: Any) -> str:
+        with pytest.raises(RequestError) as error:
+            make_place("abci3", abci, Job(), Wish(**wish), "g", trains=True)
+        return str(error.value)
+
+    assert "NODES=128" in refused(nodes=200)
+    assert "NODES=1 or TYPE=rt_HF" in refused(type="rt_HG", nodes=2)
+    few = abci.model_copy(update={"node_hours": 100.0})
+    with pytest.raises(RequestError, match=r"are 120 node-hours(.|\n)*HOURS=10 and CHAIN=n"):
+        make_place("abci3", few, Job(), Wish(nodes=10, hours=12), "g", trains=True)
+    assert "CHAIN=n" in refused(hours=169)
+    place = make_place("abci3", abci, Job(nodes=2), Wish(hours=10), "g", trains=True)
+    assert (place.gpus, place.points) == (16, 300)
+    other = make_place("abci3", abci, Job(nodes=2), Wish(), "g", trains=False)
+    assert (other.type_name, other.nodes, other.gpus) == ("rt_HC", 1, 0)
+
+
+def test_the_site_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SITE", raising=False)
+    assert queue.find_site(None, User()) is None
+    assert queue.find_site("abci3", User(site="slurm")) == "abci3"
+    assert queue.find_site(None, User(site="slurm")) == "slurm"
+    assert queue.find_site("local", User(site="slurm")) is None
+    here = Site.model_validate_json(
+        json.dumps(read_site("tsubame4").model_dump() | {"found_by": [str(tmp_path)]})
+    )
+    monkeypatch.setattr(queue, "sites", lambda: {"mine": here})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert queue.find_site(None, User()) is None  # the folder is there, qsub is not
+    (tmp_path / "qsub").write_text("#!/bin/sh\n")
+    (tmp_path / "qsub").chmod(0o755)
+    assert queue.find_site(None, User()) == "mine"
+
+
+def test_a_field_of_user_toml_can_be_set_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "user.toml"
+    file.write_text('group = "a"\nruns = "/r"\n')
+    monkeypatch.setenv("TANREN_USER", str(file))
+    assert read_user(["group=b"]) == User(group="b", runs="/r")
+    with pytest.raises(RequestError, match="grop: is not a field here"):
+        read_user(["grop=b"])
+
+
+def test_make_passes_the_jobs_wishes_on() -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    done = subprocess.run(
+        ["make", "-n", "midtrain", "SITE=abci3", "NODES=2", "HOURS=24", "TYPE=rt_HF", "AFTER=1 2",
+         "CHAIN=3", "RESERVATION=R1", "SET=user.group=g"],
+        cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    words = done.stdout.splitlines()[-1].split("&& ")[1].split()
+    text = " ".join(words)
+    assert "--set 'user.group=g'" in text
+    assert (
+        "--site 'abci3' --nodes 2 --hours 24 --type 'rt_HF' --reservation 'R1' --after '1' "
+        "--after '2' --chain 3 --needs --then export"
+    ) in text
+
+
+def test_the_submitters_python_is_the_jobs(cluster: Cluster) -> None:
+    cluster.midtrain()
+    script = (cluster.runs / "tiny" / "midtrain" / "job.sh").read_text()
+    assert f"export TANREN_PYTHON={sys.executable}" in script

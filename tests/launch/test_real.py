@@ -1,0 +1,201 @@
+"""Stages through real schedulers: Slurm, Grid Engine, and an imitation of PBS in front of Slurm.
+
+`make test-schedulers` runs these where the schedulers are up (.ci/run starts them); where CI=true a
+scheduler that is missing is a failure. The site files are the repository's own; the one for Slurm
+is a copy with this machine's size, as its first lines ask for.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tanren import runs
+from tanren.plan.paths import RunFolder
+from tests.conftest import RECIPES, REPOSITORY, SHORT, Finished, Tanren, wait_for
+
+pytestmark = pytest.mark.schedulers
+TOOLS = {
+    "slurm": Path("/usr/bin"),
+    "tsubame4": Path(os.environ.get("QSUB_SHIM", Path.home() / ".local" / "ge-bin")),
+    "abci3": Path(os.environ.get("TORQUE_BIN", Path.home() / ".local" / "torque-bin")),
+}
+QUERY = {"slurm": "squeue", "tsubame4": "qstat", "abci3": "qstat"}
+TYPES = {"slurm": "workq", "tsubame4": "cpu_4", "abci3": "rt_HC"}
+LONG = tuple("steps=4000" if text == "steps=8" else text for text in SHORT)
+
+
+@dataclass
+class Cluster:
+    """A site whose scheduler really runs jobs."""
+
+    site: str
+    tanren: Tanren
+
+    def __call__(self, verb: str, *words: str, sets: tuple[str, ...] = ()) -> Finished:
+        where = [] if verb in ("status", "cancel", "logs") else ["--site", self.site]
+        kind = [] if not where else ["--type", TYPES[Path(self.site).stem]]
+        done = self.tanren(verb, *words, *where, *kind, sets=sets)
+        assert done.code == 0, done.text
+        return done
+
+    def stage(self, stage: str, *words: str, sets: tuple[str, ...] = ()) -> Finished:
+        return self(stage, str(RECIPES / f"{stage}.yaml"), "--hours", "0.2", *words, sets=sets)
+
+    def folder(self, name: str) -> RunFolder:
+        return RunFolder(self.tanren.runs / "tiny" / name)
+
+    def state(self, name: str) -> str:
+        lines = self("status").out.splitlines()
+        line = next(line for line in lines if line.startswith(f"tiny/{name} "))
+        return line[lines[0].index("state") :].split("  ")[0]
+
+    def wait(self, name: str, *states: str, seconds: float = 120.0) -> None:
+        wait_for(lambda: self.state(name) in states, seconds)
+
+    def tail(self, name: str) -> str:
+        path = self.folder(name).job_log
+        return path.read_text() if path.exists() else "no job.log"
+
+
+@pytest.fixture(params=["slurm", "tsubame4", "abci3"])
+def cluster(request: pytest.FixtureRequest, tmp_path: Path, prepared: Path) -> Cluster:
+    site = request.param
+    path = f"{TOOLS[site]}:{os.environ['PATH']}"
+    tool = shutil.which(QUERY[site], path=path)
+    there = tool and TOOLS[site].is_dir() and subprocess.run(
+        [tool], capture_output=True, check=False
+    ).returncode == 0  # fmt: skip
+    if not there:
+        message = f"the scheduler of {site} is not running here"
+        assert os.environ.get("CI") != "true", message
+        pytest.skip(message)
+    (tmp_path / "user.toml").write_text('group = "tga-test"\n')
+    shutil.copytree(prepared / "tiny", tmp_path / "runs" / "tiny")
+    if site == "slurm":
+        text = (REPOSITORY / "recipes" / "sites" / "slurm.yaml").read_text()
+        text = text.replace("  cpu: {gpus: 0, cores: 32", "  workq: {gpus: 0, cores: 1")
+        site = str(tmp_path / "slurm.yaml")
+        Path(site).write_text(text.replace("cpu_type: cpu", "cpu_type: workq"))
+    tanren = Tanren(tmp_path / "runs", {"PATH": path, "TANREN_USER": str(tmp_path / "user.toml")})
+    return Cluster(site, tanren)
+
+
+def test_the_road_runs_and_its_dependencies_hold(cluster: Cluster) -> None:
+    """Text to model by one command; the export waits for the training."""
+    shutil.rmtree(cluster.tanren.runs)
+    done = cluster.stage("midtrain", "--needs", "--then", "export", sets=SHORT)
+    assert done.out.count("submitted: job") == 4
+    assert cluster.state("export") in ("waiting", "queued")
+    cluster.wait("export", "done", "failed", "unfinished", seconds=180)
+    for name in ("preprocess", "convert", "midtrain", "export"):
+        assert cluster.state(name) == "done", cluster.tail(name)
+    assert (cluster.folder("midtrain").export(8) / "model.safetensors").exists()
+    log = cluster("logs", "tiny/midtrain").out
+    assert "step 8/8" in log
+
+
+def test_what_stands_on_a_failure_does_not_run(cluster: Cluster) -> None:
+    """The training fails at its start; the export must not start, or must refuse by itself."""
+    tokens = cluster.folder("preprocess").root / "tokens"
+    for file in tokens.glob("*.bin"):
+        file.write_bytes(b"")
+    cluster.stage("midtrain", "--then", "export", sets=SHORT)
+    cluster.wait("midtrain", "failed")
+    cluster.wait("export", "unfinished", "failed", seconds=60)
+    assert not cluster.folder("export").done.exists()
+    if Path(cluster.site).stem == "tsubame4":
+        assert "is not done, and this stage stands on it" in cluster.tail("export")
+
+
+def test_a_chain_of_two_goes_on_where_the_walltime_ended(cluster: Cluster) -> None:
+    """Each job stops by itself, saves and ends with 75; the scheduler starts the next one."""
+    cluster.stage("midtrain", "--hours", "0.006", "--chain", "2", sets=LONG)
+    cluster.wait("midtrain", "stopped, goes on", seconds=150)
+    text = cluster.tail("midtrain")
+    attempts = runs.read_json(cluster.folder("midtrain").passport)["attempts"]
+    assert len(attempts) == 2, text
+    assert text.count("stopped by the end of its walltime after step") == 2, text
+    assert text.count("midtrain goes on from iteration") == 1, text
+    steps = list(runs.curve(cluster.folder("midtrain").metrics, "loss"))
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_running_job_saves_when_it_is_cancelled_and_goes_when_it_must(cluster: Cluster) -> None:
+    cluster.stage("midtrain", sets=LONG)
+    folder = cluster.folder("midtrain")
+    wait_for(lambda: len(runs.read_lines(folder.metrics)) > 4)
+    assert "is in the queue already" in cluster.stage("midtrain", sets=LONG).out
+    assert "saves after its step and ends" in cluster("cancel", "tiny/midtrain").out
+    cluster.wait("midtrain", "stopped, goes on")
+    saved = runs.iterations(folder)[-1]
+    cluster.stage("midtrain", sets=LONG)
+    wait_for(lambda: max(runs.curve(folder.metrics, "loss"), default=0) > saved + 2)
+    assert "cancelled" in cluster("cancel", "tiny/midtrain", "--now").out
+    wait_for(lambda: cluster.state("midtrain") != "running", 60)
+    assert runs.iterations(folder)[-1] >= saved
+
+
+@pytest.fixture
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]:
+    """Slurm with two hosts."""
+    listed = subprocess.run(["sinfo", "-hN", "-p", "workq", "-o", "%N"], capture_output=True,
+                            text=True, check=False).stdout.split()  # fmt: skip
+    if len(set(listed)) < 2:
+        assert os.environ.get("CI") != "true", "Slurm has one host"
+        pytest.skip("Slurm has one host (SLURM_NODES=2 pretends two)")
+    shutil.copytree(request.getfixturevalue("prepared") / "tiny", tmp_path / "runs" / "tiny")
+    text = (REPOSITORY / "recipes" / "sites" / "slurm.yaml").read_text()
+    text = text.replace("cpu: {gpus: 0, cores: 32, memory_gib: 200, nodes: 1",
+                        "workq: {gpus: 0, cores: 1, memory_gib: 200, nodes: 2")  # fmt: skip
+    site = tmp_path / "slurm.yaml"
+    site.write_text(text.replace("cpu_type: cpu", "cpu_type: workq"))
+    (tmp_path / "user.toml").write_text("")
+    environment = {"TANREN_USER": str(tmp_path / "user.toml")}
+    cluster = Cluster(str(site), Tanren(tmp_path / "runs", environment))
+    yield cluster
+    if cluster.state("midtrain") == "running":
+        cluster("cancel", "tiny/midtrain", "--now")
+
+
+def test_two_hosts_train_one_model(pair: Cluster) -> None:
+    """One torchrun a host, started by srun; the losses are those of one host with two processes."""
+    two = ("layout.data=2", "micro_batch=2")
+    pair.stage("midtrain", "--nodes", "2", sets=(*SHORT, *two))
+    pair.wait("midtrain", "done", "failed")
+    assert pair.state("midtrain") == "done", pair.tail("midtrain")
+    assert "on node1, node2" in pair.tail("midtrain")
+    assert "--nnodes 2" in pair.folder("midtrain").node.read_text()
+    one = pair.tanren.midtrain("--site", "local", "--name", "one", sets=two)
+    assert one.code == 0, one.text
+    curves = [
+        runs.curve(pair.folder(name).metrics, "loss") for name in ("midtrain", "midtrain-one")
+    ]
+    assert len(curves[0]) == 8
+    assert curves[0] == curves[1]
+
+
+def test_a_rank_that_dies_ends_the_job_of_both_hosts(pair: Cluster) -> None:
+    pair.stage("midtrain", "--nodes", "2", sets=(*LONG, "layout.data=2", "micro_batch=2"))
+    folder = pair.folder("midtrain")
+    wait_for(lambda: len(runs.read_lines(folder.metrics)) > 3)
+    workers = [
+        process for process in psutil.process_iter(["cmdline", "environ"])
+        if "tanren.stages" in (process.info["cmdline"] or [])
+        and str(folder.plan) in process.info["cmdline"]
+        and "torch.distributed.run" not in process.info["cmdline"]
+        and (process.info["environ"] or {}).get("RANK") == "1"
+    ]  # fmt: skip
+    assert workers
+    for worker in workers:
+        worker.kill()
+    wait_for(lambda: pair.state("midtrain") != "running", 60)
+    assert pair.state("midtrain") in ("failed", "unfinished")
+    assert "exitcode  : -9" in folder.log(1).read_text() or "Signal 9" in folder.log(1).read_text()
