@@ -294,6 +294,8 @@ def test_the_limits_of_abci_name_what_fits() -> None:
     with pytest.raises(RequestError, match=r"are 120 node-hours(.|\n)*HOURS=10 and CHAIN=n"):
         make_place("abci3", few, Job(), Wish(nodes=10, hours=12), "g", trains=True)
     assert "CHAIN=n" in refused(hours=169)
+    with pytest.raises(RequestError, match="save_minutes: 60 are the whole of 1 hours"):
+        make_place("abci3", abci, Job(save_minutes=60.0), Wish(), "g", trains=True)
     place = make_place("abci3", abci, Job(nodes=2), Wish(hours=10), "g", trains=True)
     assert (place.gpus, place.points) == (16, 300)
     other = make_place("abci3", abci, Job(nodes=2), Wish(), "g", trains=False)

@@ -117,7 +117,10 @@ def test_what_stands_on_a_failure_does_not_run(cluster: Cluster) -> None:
 
 def test_a_chain_of_two_goes_on_where_the_walltime_ended(cluster: Cluster) -> None:
     """Each job stops by itself, saves and ends with 75; the scheduler starts the next one."""
-    cluster.stage("midtrain", "--hours", "0.006", "--chain", "2", sets=LONG)
+    # Ten minutes of walltime, and a stop after twenty seconds: long before the scheduler's own.
+    sets = (*LONG, "job.walltime_hours=0.16666", "job.save_minutes=9.66")
+    done = cluster("midtrain", str(RECIPES / "midtrain.yaml"), "--chain", "2", sets=sets)
+    assert done.out.count(", ") == 1
     cluster.wait("midtrain", "stopped, goes on", seconds=150)
     text = cluster.tail("midtrain")
     attempts = runs.read_json(cluster.folder("midtrain").passport)["attempts"]

@@ -123,12 +123,14 @@ class Model(Strict):
 class Job(Strict):
     """What a stage asks a scheduler for; the command line (NODES=, HOURS=, TYPE=) goes first.
 
-    `type` is one of the site's; without it the site's type for GPUs or for CPUs.
+    `type` is one of the site's; without it the site's type for GPUs or for CPUs. `save_minutes`
+    before the end of the walltime training stops, to save: without it 10, or 15 % of a short job.
     """
 
     nodes: Positive = 1
     walltime_hours: PositiveFloat = 1.0
     type: str | None = None
+    save_minutes: PositiveFloat | None = None
 
 
 class TokenizerTraining(Strict):

@@ -28,7 +28,7 @@ def header(job: JobRequest) -> list[str]:
         f"#$ -l {job.type}={job.nodes}",
         f"#$ -l h_rt={job.clock}",
         "#$ -j y",
-        f"#$ -o {job.output}/",
+        f"#$ -o {job.output}/scheduler.log",
     ]
 
 

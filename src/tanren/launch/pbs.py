@@ -28,7 +28,7 @@ def header(job: JobRequest) -> list[str]:
         f"#PBS -l select={job.nodes}",
         f"#PBS -l walltime={job.clock}",
         "#PBS -j oe",
-        f"#PBS -o {job.output}/",
+        f"#PBS -o {job.output}/scheduler.log",
     ]
 
 

@@ -33,8 +33,6 @@ from tanren.plan.paths import TRAINING_STAGES, RunFolder
 from tanren.plan.plan import Machine, Plan, Request
 from tanren.plan.site import Place, Wish, make_place
 
-# A stage stops so long before the end of its walltime, to save; at most this share of it.
-MARGIN_SECONDS, MARGIN_SHARE = 600, 0.15
 # Where the processes of several nodes meet: one of PORTS from here on, by the job's id.
 FIRST_PORT, PORTS = 20000, 20000
 
@@ -139,8 +137,7 @@ def job_request(folder: RunFolder, place: Place, task: str) -> JobRequest:
 def script(folder: RunFolder, place: Place, task: str, segment: int = 1) -> str:
     """The script that the scheduler is given; it hands over to `tanren job` on the first node."""
     job = job_request(folder, place, task)
-    margin = min(MARGIN_SECONDS, MARGIN_SHARE * place.hours * 3600)
-    seconds = int(place.hours * 3600 - margin)
+    seconds = int(place.hours * 3600 - place.save_seconds)
     environment = {
         **place.site.environment,
         "TANREN_PYTHON": sys.executable,

@@ -8,6 +8,9 @@ from pathlib import Path
 from tanren.config.errors import RequestError
 from tanren.config.schema import Job, NodeType, Site
 
+# A stage stops so long before the end of its walltime, to save; at most this share of it.
+SAVE_SECONDS, SAVE_SHARE = 600.0, 0.15
+
 
 @dataclass(frozen=True)
 class Place:
@@ -20,6 +23,8 @@ class Place:
     hours: float
     group: str | None
     reservation: str | None = None
+    # Before the end of the walltime training stops so long, to save.
+    save_seconds: float = 0.0
 
     @property
     def title(self) -> str:
@@ -97,4 +102,12 @@ def make_place(
             "user.toml", f"names no group, and {site_name} charges one",
             'write group = "YOUR-GROUP" into user.toml, or SET="user.group=YOUR-GROUP"',
         )  # fmt: skip
-    return Place(site_name, site, name, nodes, hours, group, wish.reservation)
+    save_seconds = min(SAVE_SECONDS, SAVE_SHARE * hours * 3600)
+    if job.save_minutes is not None:
+        save_seconds = job.save_minutes * 60
+        if save_seconds >= hours * 3600:
+            raise RequestError(
+                "job.save_minutes", f"{job.save_minutes:g} are the whole of {hours:g} hours",
+                f"use fewer than {hours * 60:g}, or more HOURS=",
+            )  # fmt: skip
+    return Place(site_name, site, name, nodes, hours, group, wish.reservation, save_seconds)
