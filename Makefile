@@ -11,7 +11,7 @@ options = $(if $(VARIANT),--variant '$(VARIANT)') $(if $(NAME),--name '$(NAME)')
 iteration = $(if $(ITER),--set 'iteration=$(ITER)')
 recipe = recipes/$(TASK)/$@.yaml
 
-.PHONY: help setup preprocess convert midtrain export plan build-image image-info lock shell status logs cancel test test-images test-schedulers check
+.PHONY: help setup preprocess convert midtrain pipeline export plan build-image image-info lock shell status logs cancel test test-images test-schedulers check
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ convert: ## a Hugging Face base to a megatron-core checkpoint
 
 midtrain: ## continued pre-training, with what it stands on and the export
 	@bin/setup host && bin/tanren midtrain $(recipe) $(options) $(waits) --needs --then export
+
+pipeline: ## STAGES=preprocess,convert,midtrain,export one after the other
+	@bin/setup host && bin/tanren pipeline recipes/$(TASK) --stages '$(STAGES)' $(options) $(waits)
 
 export: ## a checkpoint to a Hugging Face folder
 	@bin/setup host && bin/tanren export $(recipe) $(options) $(waits) $(iteration) --needs

@@ -295,6 +295,7 @@ def _stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
         terminal.summary(planned, screen)
         return ()
     submit.refuse_missing(order, request)
+    submit.check_disk(planned)
     inside = submit.container_for(order, request)
     if inside is None:
         native.complete()
@@ -315,6 +316,46 @@ def _stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
         raise ending
     terminal.summary(planned, screen)
     return ()
+
+
+@app.command(epilog="Example: bin/tanren pipeline recipes/tiny --stages convert,midtrain,export")
+def pipeline(
+    task: Annotated[Path, typer.Argument(help="a recipe folder, recipes/TASK")],
+    stages: Annotated[str, typer.Option("--stages", help="in their order, with commas")],
+    variant: Variant = None, name: Name = None, runtime: Runtime = None, bind: Binds = None,
+    set_: Sets = None, site: SiteName = None, nodes: Nodes = None, hours: Hours = None,
+    type_: Type = None, reservation: Reservation = None, after: AfterJobs = None, chain: Chain = 1,
+) -> None:  # fmt: skip
+    """Several stages, one after the other; on a cluster all are submitted with dependencies.
+
+    Sizes and fields (--nodes, --set ...) are the training stages'.
+    """
+    from dataclasses import replace
+
+    from tanren.config.errors import RequestError
+    from tanren.config.schema import STAGES
+    from tanren.plan.paths import PREPARING_STAGES, TRAINING_STAGES
+    from tanren.plan.site import Wish
+    from tanren.report import terminal
+
+    wanted = [stage for stage in stages.split(",") if stage]
+    for stage in wanted:
+        if stage not in STAGES:
+            raise RequestError(
+                f"--stages {stages}", f"{stage} is no stage", f"the stages are {', '.join(STAGES)}"
+            )
+    given = _order(task / "stage.yaml", variant, name, set_, runtime, bind, site, nodes, hours,
+                   type_, reservation, after, chain)  # fmt: skip
+    screen = terminal.console()
+    for number, stage in enumerate(wanted):
+        order = replace(given, recipe_file=task / f"{stage}.yaml", plain_if_absent=True)
+        if stage not in TRAINING_STAGES:
+            order = replace(order, assignments=(), wish=Wish(), chain=1)
+        if stage in PREPARING_STAGES:
+            order = replace(order, variant=None, name=None)
+        if number:
+            order = replace(order, after=())
+        _stage(order, False, screen)
 
 
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run folder, or TASK/RUN")]

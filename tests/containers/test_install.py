@@ -64,6 +64,28 @@ def test_a_lock_that_names_nothing_is_an_error(install: ModuleType, tmp_path: Pa
         install.locked(tmp_path / "lock.txt")
 
 
+def test_a_base_that_changed_stops_the_build(
+    install: ModuleType, site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package(site, "kept-one", "1")
+    (site / "lock.txt").write_text("ours==1 --hash=sha256:0\n")
+
+    def replaces(lock: Path, wheels: Path) -> None:
+        package(site, "ours", "1")
+        (site / "kept_one-1.dist-info" / "METADATA").write_text("Name: kept-one\nVersion: 2\n")
+
+    monkeypatch.setattr(install, "HERE", site)
+    monkeypatch.setattr(install, "install", replaces)
+    monkeypatch.setattr(sys, "argv", ["install.py", "--wheels", "/w", "--keep", "kept-one,absent"])
+    with pytest.raises(SystemExit) as error:
+        install.main()
+    assert str(error.value) == (
+        "install.py: the base's packages changed: {'kept-one': '1', 'absent': None} before, "
+        "{'kept-one': '2', 'absent': None} after"
+    )
+    assert not (site / "packages.json").exists()
+
+
 PATCH = """\
 Package: ours 1
 Reason: a test.

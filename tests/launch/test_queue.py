@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.config.load import read_site, read_user
 from tanren.config.schema import Job, Site, User
-from tanren.launch import queue
+from tanren.launch import queue, submit
 from tanren.plan.paths import RunFolder
+from tanren.plan.plan import MidtrainPlan, make_plan
 from tanren.plan.site import Wish, make_place
 from tests.conftest import RECIPES, REPOSITORY, SHORT, Finished, Tanren, wait_for
 
@@ -109,6 +111,45 @@ def test_one_command_submits_the_road_with_its_dependencies(empty: Cluster) -> N
     script = (empty.runs / "tiny" / "midtrain" / "job.sh").read_text()
     assert "#SBATCH --time=2:00:00" in script
     assert "export NCCL_DEBUG=WARN" in script
+
+
+def test_a_pipeline_submits_the_stages_that_are_named(empty: Cluster) -> None:
+    done = empty.tanren(
+        "pipeline", str(RECIPES), "--stages", "preprocess,convert,midtrain,export", "--name", "a",
+        "--hours", "3", "--type", "cpu", "--chain", "2", sets=SHORT,
+    )  # fmt: skip
+    assert done.code == 0, done.text
+    folders = [Path(job["words"][-1]).parent.name for job in empty.jobs]
+    assert folders == ["preprocess", "convert", "midtrain-a", "midtrain-a", "export-a"]
+    waits = [word for word in empty.jobs[-1]["words"] if "--dependency" in word]
+    assert waits == ["--dependency=afterok:103"]
+    assert "--time=1:00:00" in (empty.runs / "tiny" / "export-a" / "job.sh").read_text()
+    assert "--time=3:00:00" in (empty.runs / "tiny" / "midtrain-a" / "job.sh").read_text()
+    wrong = empty.tanren("pipeline", str(RECIPES), "--stages", "convert,midtrian")
+    assert wrong.code == 2
+    assert "midtrian is no stage" in wrong.err
+
+
+def test_too_small_a_disk_is_said_before_anything_is_submitted(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = submit.Order(RECIPES / "midtrain.yaml", assignments=(*SHORT, "checkpoints.keep_last=9"))
+    monkeypatch.setenv("RUNS", str(cluster.runs))
+    monkeypatch.setenv("RUNTIME", "native")
+    plan = make_plan(submit.read_request(order))
+    assert isinstance(plan, MidtrainPlan)
+    # 2,361,024 parameters of 12 bytes in fp32.
+    assert plan.checkpoint_gib == pytest.approx(0.02639, rel=0.001)
+    usage = shutil.disk_usage("/")._replace(free=int(0.1 * 2**30))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(RequestError) as error:
+        submit.check_disk(plan)
+    assert "has 0.1 GiB free, and the checkpoints of this run need 0.3 (9 kept and" in str(
+        error.value
+    )
+    assert error.value.next_step.startswith("--set checkpoints.keep_last=2, free some space")
+    few = replace(order, assignments=(*SHORT, "checkpoints.keep_last=2"))
+    submit.check_disk(make_plan(submit.read_request(few)))
 
 
 def test_the_same_command_again_submits_nothing(cluster: Cluster) -> None:

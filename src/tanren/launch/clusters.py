@@ -63,6 +63,7 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
     if start.done:
         say(f"{plan.stage} is done: {shown(plan.run)}")
         return ()
+    submit.check_disk(plan)
     inside = submit.container_for(order, request, place.type.gpus)
     if inside is None and place.type.gpus and order.runtime != "native":
         raise RequestError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from tanren.plan.paths import RunFolder
 from tanren.plan.plan import (
     ExportPlan,
     Machine,
+    MidtrainPlan,
     Plan,
     Product,
     Request,
@@ -279,6 +281,35 @@ def look(plan: Plan) -> Start:
         if done and not changed:
             return Start(plan, True, None)
     return Start(plan, False, runs.latest_checkpoint(folder))
+
+
+def check_disk(plan: Plan) -> None:
+    """Refuse a training run whose checkpoints will not fit on the disk of its run folder.
+
+    Raises:
+        RequestError: too little is free; the message says what would fit.
+    """
+    if not isinstance(plan, MidtrainPlan):
+        return
+    folder = plan.folder
+    there = len(runs.iterations(folder))
+    keep = plan.recipe.checkpoints.keep_last
+    # A new one is written whole before the oldest one goes.
+    needed = max(keep + 1 - there, 1) * plan.checkpoint_gib
+    place = folder.root
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free / 2**30
+    if free >= needed:
+        return
+    fits = int(free / plan.checkpoint_gib) + there - 1
+    fewer = f"--set checkpoints.keep_last={fits}, " if 0 < fits < keep else ""
+    raise RequestError(
+        place,
+        f"has {free:,.1f} GiB free, and the checkpoints of this run need {needed:,.1f} "
+        f"({keep} kept and one being written, {plan.checkpoint_gib:,.1f} each)",
+        f"{fewer}free some space, or RUNS= on a larger disk",
+    )
 
 
 def _comparable(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

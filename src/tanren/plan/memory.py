@@ -44,6 +44,11 @@ class Memory(Strict):
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
 
+def checkpoint_gib(model: Model, precision: str) -> float:
+    """Size of one checkpoint: the weights, and the optimizer's master copy and two moments."""
+    return model.parameters * (14 if precision == "bf16" else 12) / GIB
+
+
 def training_memory(
     model: Model, recipe: Midtrain, *, precision: str, data_parallel: int, accumulation: int,
     engine: Engine = ENGINE,

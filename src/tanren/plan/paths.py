@@ -8,6 +8,7 @@ from pathlib import Path
 # The stages whose product depends on the variant and the name that a person gives a run. The
 # others prepare what several runs share.
 TRAINING_STAGES = ("midtrain",)
+PREPARING_STAGES = ("preprocess", "convert")
 
 
 def run_name(stage: str, variant: str | None, name: str | None) -> str:

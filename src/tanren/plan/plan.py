@@ -36,7 +36,7 @@ from tanren.plan.batch import (
 )
 from tanren.plan.checks import check_layout, check_schedule, check_shape, check_vocabulary
 from tanren.plan.cost import Gpu, check_memory, estimated_hours
-from tanren.plan.memory import Memory
+from tanren.plan.memory import Memory, checkpoint_gib
 from tanren.plan.paths import TRAINING_STAGES, RunFolder, run_name
 
 
@@ -160,6 +160,8 @@ class MidtrainPlan(PlanBase):
     # Of one GPU, in GiB; None where the GPU is not known.
     memory: Memory | None = None
     gpu_memory_gib: float | None = None
+    # Of one checkpoint. The run keeps `checkpoints.keep_last` and the one that is being written.
+    checkpoint_gib: float = 0.0
     # Hours of training and the assumption behind them; None where they cannot be estimated.
     hours: tuple[float, str] | None = None
 
@@ -385,6 +387,7 @@ def _midtrain_plan(request: Request, recipe: Midtrain) -> MidtrainPlan:
         data=str(data.folder.root),
         start=start,
         hf_source=hf_source,
+        checkpoint_gib=checkpoint_gib(model, precision),
         memory=check_memory(model, recipe, batch, precision, gpu, place) if gpu else None,
         gpu_memory_gib=gpu.memory_gib if gpu else None,
         hours=estimated_hours(model, recipe, batch, gpu, processes) if gpu else None,

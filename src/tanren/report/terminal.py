@@ -300,6 +300,14 @@ def _midtrain_rows(plan: MidtrainPlan, batch: Batch) -> list[tuple[str, str]]:
                 f"({explained(plan.memory)})",
             )
         )
+    keep = recipe.checkpoints.keep_last
+    rows.append(
+        (
+            "disk",
+            f"{(keep + 1) * plan.checkpoint_gib:,.2f} GiB: {keep} checkpoints and one being "
+            f"written, {plan.checkpoint_gib:,.2f} each",
+        )
+    )
     if plan.hours is not None:
         hours, assumption = plan.hours
         rows.append(("time", f"{hours:.2g} hours {assumption}"))
