@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tanren import runs
-from tests.conftest import Tanren
+from tests.conftest import RECIPES, SHORT, Tanren, wait_for
 
 LAYOUTS = {
     "tensor": ("layout.tensor=2",),
@@ -74,3 +75,25 @@ def test_a_data_sharded_checkpoint_refuses_another_layout(tanren: Tanren) -> Non
     refused = tanren.midtrain(sets=(*data, "layout.tensor=2"))
     assert refused.code == 2
     assert "under tensor 1, pipeline 1, and this is tensor 2" in refused.err
+
+
+def test_a_hang_ends_with_the_stacks_of_both_ranks(tanren: Tanren) -> None:
+    """One rank stands still; the other one waits for it, gives up, and both say where they were."""
+    long = tuple("steps=4000" if text == "steps=8" else text for text in SHORT)
+    process = tanren.start("midtrain", str(RECIPES / "midtrain.yaml"),
+                           sets=(*long, *LAYOUTS["data"], "job.hang_minutes=0.1"))  # fmt: skip
+    wait_for(lambda: len(runs.read_lines(tanren.folder() / "metrics.jsonl")) > 4)
+    family = psutil.Process(process.pid).children(recursive=True)
+    (launcher,) = [member for member in family if "torch.distributed.run" in member.cmdline()]
+    (worker,) = [
+        member for member in launcher.children() if member.environ().get("RANK") == "1"
+    ]  # fmt: skip
+    worker.suspend()
+    log = tanren.folder() / "log" / "1.log"
+    wait_for(lambda: "Timeout (0:00:06)!" in log.read_text(), 30)
+    worker.resume()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1, out + err
+    text = log.read_text()
+    assert text.count("Timeout (0:00:06)!") == 2
+    assert text.count("in _step") >= 2

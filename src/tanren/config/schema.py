@@ -125,12 +125,14 @@ class Job(Strict):
 
     `type` is one of the site's; without it the site's type for GPUs or for CPUs. `save_minutes`
     before the end of the walltime training stops, to save: without it 10, or 15 % of a short job.
+    A step that takes longer than `hang_minutes` ends the run, with the stacks of its ranks.
     """
 
     nodes: Positive = 1
     walltime_hours: PositiveFloat = 1.0
     type: str | None = None
     save_minutes: PositiveFloat | None = None
+    hang_minutes: PositiveFloat = 30.0
 
 
 class TokenizerTraining(Strict):

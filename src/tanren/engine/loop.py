@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import logging
 import math
@@ -108,9 +109,14 @@ def train(
     metrics: Metrics,
     stop: StopRequest,
     workers: int = 0,
+    hang_seconds: float = 1800.0,
 ) -> Outcome:
     """Train from `state.iteration` to `budget.steps`, or until asked to stop.
 
+    Args:
+        hang_seconds: a step that takes longer, its evaluation and save included, ends the process
+            with the stacks of its threads on stderr. When one rank hangs the others wait for it in
+            a collective, so that every rank's stacks come into the log.
     Raises:
         WorkError: the loss is not a number; the last checkpoint stays as it is.
     """
@@ -142,6 +148,7 @@ def train(
     saved = state.iteration
     try:
         while state.iteration < budget.steps:
+            faulthandler.dump_traceback_later(hang_seconds, exit=True)
             began = time.perf_counter()
             rate = float(state.optimizer.param_groups[0]["lr"])
             try:
@@ -157,12 +164,7 @@ def train(
             if held_out and held_out.every_steps and state.iteration % held_out.every_steps == 0:
                 _measure(state, held_out, budget, device, metrics)
             if state.iteration % save_every == 0 or state.iteration == budget.steps or stopping:
-                blocked = time.perf_counter()
-                saver.save(state)
-                saved = state.iteration
-                metrics.write(
-                    saved, {"save_blocked_seconds": round(time.perf_counter() - blocked, 3)}
-                )
+                saved = _save(state, saver, metrics)
             if state.iteration % 50 == 0:
                 gc.collect()
             if stopping:
@@ -172,6 +174,7 @@ def train(
         saver.abort()
         raise
     finally:
+        faulthandler.cancel_dump_traceback_later()
         gc.enable()
     assert saved == state.iteration
     if state.iteration < budget.steps:
@@ -179,6 +182,15 @@ def train(
     if held_out and not (held_out.every_steps and budget.steps % held_out.every_steps == 0):
         _measure(state, held_out, budget, device, metrics)
     return Outcome(state.iteration, None)
+
+
+def _save(state: TrainingState, saver: Saver, metrics: Metrics) -> int:
+    """Begin a checkpoint, note how long that blocked training, and return its iteration."""
+    began = time.perf_counter()
+    saver.save(state)
+    blocked = round(time.perf_counter() - began, 3)
+    metrics.write(state.iteration, {"save_blocked_seconds": blocked})
+    return state.iteration
 
 
 def _step(

@@ -64,6 +64,7 @@ def run(plan: MidtrainPlan, attempt: int) -> None:
         metrics=metrics,
         stop=stop,
         workers=2 if ranks.device.type == "cuda" else 0,
+        hang_seconds=plan.recipe.job.hang_minutes * 60,
     )
     metrics.close()
     if ranks.is_first:
