@@ -53,7 +53,8 @@ export APPTAINERENV_PYTHONUNBUFFERED=1 SINGULARITYENV_PYTHONUNBUFFERED=1
 export APPTAINERENV_OMP_NUM_THREADS=8 SINGULARITYENV_OMP_NUM_THREADS=8
 export APPTAINERENV_TOKENIZERS_PARALLELISM=true SINGULARITYENV_TOKENIZERS_PARALLELISM=true
 export APPTAINERENV_CUDA_DEVICE_MAX_CONNECTIONS=1 SINGULARITYENV_CUDA_DEVICE_MAX_CONNECTIONS=1
-for name in {" ".join(container.PASSED)} "${{!NCCL_@}}" "${{!UCX_@}}"; do
+for name in {" ".join(container.PASSED)} "${{!FI_@}}" "${{!GLOO_@}}" "${{!NCCL_@}}" \
+"${{!UCX_@}}"; do
     if [[ -v $name ]]; then
         export "APPTAINERENV_$name=${{!name}}" "SINGULARITYENV_$name=${{!name}}"
     fi

@@ -391,3 +391,21 @@ def test_the_submitters_python_is_the_jobs(cluster: Cluster) -> None:
     cluster.midtrain()
     script = (cluster.runs / "tiny" / "midtrain" / "job.sh").read_text()
     assert f"export TANREN_PYTHON={sys.executable}" in script
+
+
+def test_the_plan_of_a_job_says_what_it_costs_and_whether_its_time_will_do(empty: Cluster) -> None:
+    recipe = REPOSITORY / "recipes" / "llmjp4-8b-4layers" / "midtrain.yaml"
+    words = ("plan", str(recipe), "--site", "abci3", "--nodes", "2", "--hours", "10")
+    done = empty.tanren(*words, sets=("user.group=g", "steps=300000", "evaluation=null"))
+    assert done.code == 0, done.text
+    rows = {line[:15].strip(): line[15:].strip() for line in done.out.splitlines()}
+    assert rows["job"] == "2 x rt_HF on abci3 for at most 10 hours, group g"
+    assert rows["cost"].startswith("20.0 node-hours; 300 points for the whole time")
+    assert rows["memory"].startswith("21 of 140 GiB a GPU (weights 4.6, gradients 9.3, ")
+    assert rows["time"] == "6.7 hours at 50,972 tokens/s a GPU, measured on 1 x H200"
+    assert "too short" not in rows
+    assert rows["processes"] == "16 on 2 nodes (cuda)"
+    assert '--nnodes 2 --node-rank "$node_rank" --master-addr THE_FIRST_HOST' in done.out
+    short = empty.tanren(*words[:-1], "2", sets=("user.group=g", "steps=300000", "evaluation=null"))
+    assert "the run takes about 6.7 hours: CHAIN=4, or more HOURS=" in short.out
+    assert not empty.queue.exists()

@@ -146,6 +146,18 @@ def test_a_running_job_saves_when_it_is_cancelled_and_goes_when_it_must(cluster:
     assert runs.iterations(folder)[-1] >= saved
 
 
+@pytest.mark.parametrize("cluster", ["slurm", "tsubame4"], indirect=True)
+def test_a_job_that_its_walltime_ends_leaves_a_run_that_can_go_on(cluster: Cluster) -> None:
+    """One step longer than the walltime: nothing stops it but the scheduler."""
+    cluster.stage("midtrain", "--hours", "0.01", sets=(*SHORT, "global_batch=16384"))
+    cluster.wait("midtrain", "running")
+    cluster.wait("midtrain", "unfinished", seconds=170)
+    assert not runs.iterations(cluster.folder("midtrain"))
+    cluster.stage("midtrain", sets=SHORT)
+    cluster.wait("midtrain", "done", "failed")
+    assert cluster.state("midtrain") == "done", cluster.tail("midtrain")
+
+
 @pytest.fixture
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]:
     """Slurm with two hosts."""
@@ -202,3 +214,94 @@ def test_a_rank_that_dies_ends_the_job_of_both_hosts(pair: Cluster) -> None:
     wait_for(lambda: pair.state("midtrain") != "running", 60)
     assert pair.state("midtrain") in ("failed", "unfinished")
     assert "exitcode  : -9" in folder.log(1).read_text() or "Signal 9" in folder.log(1).read_text()
+
+
+MPIRUN = """\
+#!/bin/bash
+# Open MPI's words as pbs.py says them, and its variable; a host is a network namespace here.
+[[ "$1 $3 $4 $5 $6 $7 $8" == "--hostfile -np 2 --map-by ppr:1:node --bind-to none" ]] || exit 64
+hosts=$2 rank=0 all=()
+shift 8
+while read -r host; do
+    OMPI_COMM_WORLD_RANK=$rank ip netns exec "tanren-$host" "$@" &
+    all+=($!)
+    rank=$((rank + 1))
+done <"$hosts"
+code=0
+for one in "${all[@]}"; do wait "$one" || code=$?; done
+exit "$code"
+"""
+HOSTS = ("10.77.0.1", "10.77.0.2")
+
+
+@pytest.fixture
+def network() -> Iterator[None]:
+    """Two hosts with a cable between them: network namespaces joined by a veth pair."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        assert os.environ.get("CI") != "true", "needs root and ip (apt install iproute2)"
+        pytest.skip("network namespaces need root and ip")
+
+    def ip(*words: str, check: bool = True) -> None:
+        subprocess.run(["ip", *words], check=check, capture_output=True)
+
+    def remove() -> None:
+        for host in HOSTS:
+            ip("netns", "del", f"tanren-{host}", check=False)
+
+    remove()
+    for host in HOSTS:
+        ip("netns", "add", f"tanren-{host}")
+    ip("link", "add", "tanren0", "netns", f"tanren-{HOSTS[0]}", "type", "veth", "peer", "name",
+       "tanren0", "netns", f"tanren-{HOSTS[1]}")  # fmt: skip
+    for host in HOSTS:
+        inside = ("-n", f"tanren-{host}")
+        ip(*inside, "addr", "add", f"{host}/24", "dev", "tanren0")
+        ip(*inside, "link", "set", "tanren0", "up")
+        ip(*inside, "link", "set", "lo", "up")
+    yield
+    remove()
+
+
+def test_two_hosts_with_a_network_between_them(
+    network: None, tmp_path: Path, prepared: Path
+) -> None:
+    """The path of a PBS job: node file, mpirun, torchrun on each host, gloo over the cable."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, text in (("mpirun", MPIRUN), ("qsub", "#!/bin/sh\necho 7.pbs1\n"),
+                       ("qstat", "#!/bin/sh\n")):  # fmt: skip
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    site = tmp_path / "abci3.yaml"
+    text = (REPOSITORY / "recipes" / "sites" / "abci3.yaml").read_text()
+    text = text.replace("memory_gib: 320, nodes: 1", "memory_gib: 320, nodes: 2")
+    site.write_text(text + "environment: {GLOO_SOCKET_IFNAME: tanren0, OMP_NUM_THREADS: '1'}\n")
+    (tmp_path / "user.toml").write_text('group = "g"\n')
+    shutil.copytree(prepared / "tiny", tmp_path / "runs" / "tiny")
+    path = f"{tools}:{os.environ['PATH']}"
+    tanren = Tanren(tmp_path / "runs", {"PATH": path, "TANREN_USER": str(tmp_path / "user.toml")})
+    two = (*SHORT, "layout.data=2", "micro_batch=2")
+    done = tanren("midtrain", str(RECIPES / "midtrain.yaml"), "--site", str(site), "--type",
+                  "rt_HC", "--nodes", "2", sets=two)  # fmt: skip
+    assert done.code == 0, done.text
+    folder = RunFolder(tmp_path / "runs" / "tiny" / "midtrain")
+    nodes = tmp_path / "nodes"
+    nodes.write_text("".join(f"{host}\n{host}\n" for host in HOSTS))  # a line a process, as PBS
+    job = subprocess.run(
+        [str(folder.job)],
+        env={"PATH": path, "HOME": "/root", "PBS_JOBID": "7.pbs1", "PBS_NODEFILE": str(nodes),
+             "RUNTIME": "native", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, check=False, timeout=180,
+    )  # fmt: skip
+    said = folder.job_log.read_text()
+    assert job.returncode == 0, said + folder.log(1).read_text()
+    assert f"job 7.pbs1 on {', '.join(HOSTS)}" in said
+    assert f"--master-addr {HOSTS[0]}" in folder.node.read_text()
+    one = tanren.midtrain("--site", "local", "--name", "one", sets=two)
+    assert one.code == 0, one.text
+    curves = [
+        runs.curve(tmp_path / "runs" / "tiny" / name / "metrics.jsonl", "loss")
+        for name in ("midtrain", "midtrain-one")
+    ]
+    assert len(curves[0]) == 8
+    assert curves[0] == curves[1]

@@ -123,7 +123,7 @@ def test_a_model_that_fits_nowhere_is_said_so() -> None:
 
 
 def test_the_hours_are_an_assumption_about_a_known_gpu() -> None:
-    wanted = recipe("steps=500", "global_batch=512")
+    wanted = recipe("steps=500", "global_batch=512", "measured=null")
     batch = make_batch(wanted, 8, "here")
     found = estimated_hours(EIGHT, wanted, batch, H200, 8)
     assert found is not None
@@ -132,3 +132,14 @@ def test_the_hours_are_an_assumption_about_a_known_gpu() -> None:
     assert hours == pytest.approx(3.68, rel=0.01)
     assert assumption == "at 50% of 8 x 989 TFLOP/s, an assumption"
     assert estimated_hours(EIGHT, wanted, batch, Gpu("Other", 80.0), 8) is None
+
+
+def test_the_hours_of_a_recipe_that_was_measured_are_from_that() -> None:
+    wanted = recipe("steps=3600", "global_batch=16")
+    assert wanted.measured is not None
+    found = estimated_hours(EIGHT, wanted, make_batch(wanted, 2, "here"), Gpu("Other", 80.0), 2)
+    # 3600 x 16 x 4096 tokens at 2 x 50,972 a second.
+    assert found == (
+        pytest.approx(0.6429, rel=0.001),
+        "at 50,972 tokens/s a GPU, measured on 1 x H200",
+    )

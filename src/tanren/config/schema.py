@@ -283,6 +283,13 @@ class Evaluation(Strict):
     sequences: Positive
 
 
+class Measured(Strict):
+    """What a recipe's training was measured at, for the plan's estimate of its hours."""
+
+    tokens_per_second_per_gpu: PositiveFloat
+    on: str
+
+
 class Midtrain(Strict):
     """Continued pre-training of a base on a mix of sources."""
 
@@ -305,6 +312,7 @@ class Midtrain(Strict):
     evaluation: Evaluation | None = None
     seed: NonNegative = 1234
     job: Job = Job()
+    measured: Measured | None = None
 
     @model_validator(mode="after")
     def _one_length(self) -> Midtrain:

@@ -34,7 +34,7 @@ PASSED = (
     "PBS_JOBID", "SLURM_JOB_ID", "TANREN_DEADLINE", "TANREN_DEBUG", "WANDB_API_KEY",
     "WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_MODE", "http_proxy", "https_proxy", "no_proxy",
 )  # fmt: skip
-PASSED_PATTERNS = ("NCCL_", "UCX_")
+PASSED_PATTERNS = ("FI_", "GLOO_", "NCCL_", "UCX_")
 
 
 @dataclass(frozen=True)

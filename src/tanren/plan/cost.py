@@ -27,7 +27,15 @@ class Gpu:
 def estimated_hours(
     model: Model, recipe: Midtrain, batch: Batch, gpu: Gpu, gpus: int
 ) -> tuple[float, str] | None:
-    """Hours of pure training and the assumption behind them; None for an unknown GPU."""
+    """Hours of pure training and where they are from; None for an unknown GPU.
+
+    From what the recipe says it was measured at, else from the model's FLOPs and an assumed share.
+    """
+    if recipe.measured is not None:
+        rate = recipe.measured.tokens_per_second_per_gpu
+        return batch.tokens / (rate * gpus) / 3600, (
+            f"at {rate:,.0f} tokens/s a GPU, measured on {recipe.measured.on}"
+        )
     peak = next((value for name, value in PEAK_TFLOPS.items() if gpu.name.startswith(name)), None)
     if peak is None:
         return None

@@ -272,8 +272,9 @@ def _common(request: Request, settings: dict[str, Any], launch: Launch) -> dict[
 
 def _settings(recipe: Strict, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
     dumped: dict[str, Any] = orjson.loads(recipe.model_dump_json())
-    # What is asked of a scheduler changes no result.
-    return {key: value for key, value in dumped.items() if key not in (*without, "job")}
+    # What is asked of a scheduler, and how fast it once was, change no result.
+    left_out = (*without, "job", "measured")
+    return {key: value for key, value in dumped.items() if key not in left_out}
 
 
 def _product(request: Request, stage_reference: str, *stages: str) -> Product:

@@ -207,6 +207,11 @@ def print_plan(
         rows.append(("processes", f"{launch.processes} on this machine ({launch.device})"))
     else:
         rows += _place_rows(place, launch)
+        hours = plan.hours[0] if isinstance(plan, MidtrainPlan) and plan.hours else 0.0
+        if hours > place.hours:
+            jobs = -(-hours // place.hours)
+            rows.append(("too short", f"the run takes about {hours:.1f} hours: CHAIN={jobs:.0f}, "
+                         "or more HOURS="))  # fmt: skip
     width = max(len(name) for name, _ in rows) + 2
     for name, value in rows:
         # Whole lines: a path that is cut cannot be copied.
