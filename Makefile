@@ -67,7 +67,7 @@ test-images: ## builds cpu.sif twice and trains in it; needs Apptainer and a net
 	@bin/setup dev && .venv/bin/python -m pytest -n 2 -m images --durations 5
 
 test-schedulers: ## jobs of the schedulers that run here: Slurm, Grid Engine, a PBS imitation
-	@bin/setup dev && .venv/bin/python -m pytest -n 2 -m schedulers --durations 5
+	@bin/setup dev && .venv/bin/python -m pytest -n 3 -m schedulers --durations 5
 
 check: ## format, lint, types, imports, shell scripts
 	@bin/setup dev && bin/check
