@@ -27,7 +27,7 @@ TOOLS = {
     "tsubame4": Path(os.environ.get("QSUB_SHIM", Path.home() / ".local" / "ge-bin")),
     "abci3": Path(os.environ.get("TORQUE_BIN", Path.home() / ".local" / "torque-bin")),
 }
-QUERY = {"slurm": "squeue", "tsubame4": "qstat", "abci3": "qstat"}
+QUERY = {"slurm": "squeue", "tsubame4": "qstat", "abci3": "pbsnodes"}
 TYPES = {"slurm": "workq", "tsubame4": "cpu_4", "abci3": "rt_HC"}
 LONG = tuple("steps=4000" if text == "steps=8" else text for text in SHORT)
 
