@@ -299,7 +299,7 @@ def _stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
     inside = submit.container_for(order, request)
     if inside is None:
         native.complete()
-    if request.machine.idle_gpus and planned.launch.torchrun:
+    if request.machine.idle_gpus and planned.launch.engine:
         screen.print(
             f"{request.machine.idle_gpus} GPUs stay idle: the engine needs Transformer Engine for "
             "them, and this Python has none; running on the CPU",

@@ -39,7 +39,7 @@ def test_the_whole_script_of_a_gpu_stage_in_an_image() -> None:
     """As a job of ABCI 3.0 would hold it: SingularityCE, two GPUs, Lustre folders."""
     repository_text = str(repository())
     binds = ((Path("/groups/gaa50000/runs"), True), (repository(), False))
-    launch = Launch(torchrun=True, processes=2, device="cuda")
+    launch = Launch(engine=True, processes=2, device="cuda")
     there = inside("/usr/bin/singularity", gpu=True, binds=binds)
     folder = RunFolder(Path("/groups/gaa50000/runs/llmjp4-8b/midtrain"))
     expected = f"""\
@@ -75,7 +75,7 @@ def test_the_last_line_of_a_cpu_stage_with_apptainer() -> None:
     binds = ((Path("/gs/bs/tga x/runs"), True), (Path("/gs/fs/data"), False))
     there = inside("/usr/bin/apptainer", gpu=False, binds=binds)
     folder = RunFolder(Path("/gs/bs/tga x/runs/tiny/convert"))
-    text = local.script(folder, Launch(torchrun=False, processes=1, device="cpu"), 1, 4, there)
+    text = local.script(folder, Launch(engine=False, processes=1, device="cpu"), 1, 4, there)
     assert text.splitlines()[-1] == (
         "exec /usr/bin/apptainer exec --cleanenv --no-mount cwd "
         '--home "${TMPDIR:-/tmp}/tanren-home-$UID":/home/tanren '
@@ -89,7 +89,7 @@ def test_the_last_line_of_a_cpu_stage_with_apptainer() -> None:
 def test_what_passes_into_the_container_and_what_does_not(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     there = inside(str(FAKE), gpu=False, binds=())
-    script = local.script(folder, Launch(torchrun=False, processes=1, device="cpu"), 1, 1, there)
+    script = local.script(folder, Launch(engine=False, processes=1, device="cpu"), 1, 1, there)
     secret = {"WANDB_API_KEY": "s3cret key", "HF_TOKEN": "hf_1", "NCCL_DEBUG": "INFO"}
     host = {
         "PATH": os.environ["PATH"], "LD_LIBRARY_PATH": "/host", "PYTHONPATH": "/host", **secret,

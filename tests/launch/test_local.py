@@ -23,7 +23,7 @@ RUN = RunFolder(Path("/runs/with a space/midtrain"))
 
 def test_the_whole_script_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    launch = Launch(torchrun=True, processes=2, device="cpu")
+    launch = Launch(engine=True, processes=2, device="cpu")
     command = f"exec {sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
     expected = f"""\
 #!/usr/bin/env bash
@@ -45,9 +45,8 @@ def test_the_end_of_the_script_on_gpus_and_in_one_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{repository()}/src:/site")
-    lines = local.script(
-        RUN, Launch(torchrun=False, processes=1, device="cuda"), 1, 16
-    ).splitlines()
+    """One process of the engine needs no torchrun."""
+    lines = local.script(RUN, Launch(engine=True, processes=1, device="cuda"), 1, 16).splitlines()
     assert lines[3] == f"export PYTHONPATH={repository()}/src:/site"
     assert lines[-2:] == [
         "export CUDA_DEVICE_MAX_CONNECTIONS=1",

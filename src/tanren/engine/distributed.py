@@ -26,7 +26,7 @@ class Ranks:
 
 
 def initialize(layout: Layout, device_kind: str, seed: int, timeout_minutes: int = 30) -> Ranks:
-    """Join the process group that torchrun set up and lay the model-parallel groups over it.
+    """Join the process group, and lay the model-parallel groups over it.
 
     Args:
         device_kind: `cpu` (gloo) or `cuda` (NCCL).
@@ -38,13 +38,18 @@ def initialize(layout: Layout, device_kind: str, seed: int, timeout_minutes: int
         cpu.install()
         device = torch.device("cpu")
     else:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        # torchrun says by the environment who meets where; one process has only itself.
+        alone = "RANK" not in os.environ
         dist.init_process_group(
             backend="gloo" if device_kind == "cpu" else "nccl",
             timeout=timedelta(minutes=timeout_minutes),
             device_id=device if device_kind == "cuda" else None,
+            store=torch._C._distributed_c10d.HashStore() if alone else None,
+            rank=0 if alone else -1,
+            world_size=1 if alone else -1,
         )
 
     from megatron.core import parallel_state, tensor_parallel

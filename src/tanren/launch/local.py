@@ -232,7 +232,14 @@ def _workers(job: int) -> list[psutil.Process]:
         for process in family:
             if "torch.distributed.run" in process.cmdline():
                 return process.children()
-        return [process for process in family if "tanren.stages" in process.cmdline()][:1] or family
+        # Of a container program the words hold "tanren.stages", too.
+        stages = [
+            process
+            for process in family
+            if "tanren.stages" in process.cmdline()
+            and Path(process.cmdline()[0]).name.startswith("python")
+        ]
+        return stages[:1] or family
     except psutil.Error:
         return []
 

@@ -101,12 +101,17 @@ class Request:
 
 
 class Launch(Strict):
-    """Processes of the stage, on all nodes. `torchrun` false: one plain process."""
+    """Processes of the stage, on all nodes. Those of the `engine` join a process group."""
 
-    torchrun: bool
+    engine: bool
     processes: int
     device: Literal["cuda", "cpu"]
     nodes: int = 1
+
+    @property
+    def torchrun(self) -> bool:
+        """Whether torchrun starts them. One process needs it not, and saves its two seconds."""
+        return self.processes > 1
 
     @property
     def processes_per_node(self) -> int:
@@ -247,7 +252,7 @@ def make_plan(request: Request) -> Plan:
             **_common(
                 request,
                 _settings(recipe) | {"inputs": dict(request.inputs)},
-                Launch(torchrun=False, processes=1, device="cpu"),
+                Launch(engine=False, processes=1, device="cpu"),
             ),
             recipe=recipe,
         )
@@ -303,7 +308,7 @@ def _convert_plan(request: Request, recipe: Convert) -> ConvertPlan:
             )
     settings = _settings(recipe) | {"shape": _settings(request.model), "inputs": inputs}
     return ConvertPlan(
-        **_common(request, settings, Launch(torchrun=False, processes=1, device="cpu")),
+        **_common(request, settings, Launch(engine=False, processes=1, device="cpu")),
         recipe=recipe,
         model=request.model,
         tokenizer=tokenizer,
@@ -376,7 +381,7 @@ def _midtrain_plan(request: Request, recipe: Midtrain) -> MidtrainPlan:
             f"{processes} processes do not spread evenly over {nodes} nodes",
             f"state layout.data so that the processes are a multiple of {nodes}, or NODES=1",
         )
-    launch = Launch(torchrun=True, processes=processes, device=request.machine.device, nodes=nodes)
+    launch = Launch(engine=True, processes=processes, device=request.machine.device, nodes=nodes)
     gpu = request.machine.gpu
     return MidtrainPlan(
         **_common(request, settings, launch),
@@ -418,7 +423,7 @@ def _export_plan(request: Request, recipe: Export) -> ExportPlan:
     of = {"of": source.started, "result": source.identity}
     settings = _settings(recipe) | {"iteration": iteration, "inputs": of}
     return ExportPlan(
-        **_common(request, settings, Launch(torchrun=False, processes=1, device="cpu")),
+        **_common(request, settings, Launch(engine=False, processes=1, device="cpu")),
         recipe=recipe,
         source=str(source.folder.root),
         iteration=iteration,

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     folder = RunFolder(plan_file.parent)
     try:
         plan = read_plan(plan_file)
-        if plan.launch.torchrun and plan.launch.device == "cpu":
+        if plan.launch.engine and plan.launch.device == "cpu":
             from tanren.engine import cpu
 
             cpu.hide_gpu_libraries()
