@@ -8,6 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tanren import runs
@@ -95,9 +96,17 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 def test_kill_9_goes_back_to_the_last_whole_checkpoint(
     tanren: Tanren, uninterrupted: dict[str, object]
 ) -> None:
+    """The training alone is killed: what writes its checkpoints does not stay behind."""
     process = begin(tanren)
     at_step(tanren, 13)
-    end_group(process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    [training] = [one for one in family if "tanren.stages" in one.cmdline()]
+    helpers = training.children(recursive=True)
+    assert any("spawn_main" in " ".join(one.cmdline()) for one in helpers)
+    training.kill()
+    _, alive = psutil.wait_procs(helpers, timeout=10)
+    assert not alive
+    process.communicate()
     kept = runs.latest_checkpoint(RunFolder(tanren.folder()))
     assert kept in (5, 10)
 
@@ -129,7 +138,7 @@ def test_killing_the_command_alone_ends_the_training_with_a_save(tanren: Tanren)
     process.communicate()
     wait_for(folder.stopped.exists, 40)
     assert runs.latest_checkpoint(folder) == max(losses(tanren)) < STEPS
-    while (done := train(tanren)).code == 2:  # torchrun, which holds the lock, is still ending
+    while (done := train(tanren)).code == 2:  # the training, which holds the lock, is still ending
         assert "is being worked on" in done.err
         time.sleep(0.5)
     assert done.code == 0, done.text

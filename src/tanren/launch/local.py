@@ -28,6 +28,7 @@ from tanren.plan.plan import Launch
 POLL_SECONDS = 0.2
 # Loaded before the fork: a thread that draws the progress bar may hold the importer's lock then.
 _LIBC = ctypes.CDLL(None)
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,10 @@ def run(
     log.parent.mkdir(parents=True, exist_ok=True)
     for mark in (folder.failed, folder.stopped, folder.stop):
         mark.unlink(missing_ok=True)
+    # What writes checkpoints outlives a training that is killed, and would wait for more for ever:
+    # such orphans become this process's children.
+    _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    others = set(_family(os.getpid()))
     with log.open("ab") as output:
         process = subprocess.Popen(
             [*starter, "bash", str(script_file)],
@@ -137,6 +142,11 @@ def run(
                 watch()
                 time.sleep(POLL_SECONDS)
             watch()
+    orphans = list(set(_family(os.getpid())) - others)
+    for orphan in orphans:
+        with contextlib.suppress(psutil.Error):
+            orphan.kill()
+    psutil.wait_procs(orphans, timeout=5)
     return _ending(folder, attempt, process.returncode, signals.asked)
 
 

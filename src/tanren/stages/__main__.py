@@ -6,14 +6,20 @@ STOPPED), where the command that waits finds it.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
 from pathlib import Path
+
+import psutil
 
 from tanren import runs
 from tanren.config.errors import TanrenError, WorkError
@@ -94,16 +100,29 @@ def _unforeseen(folder: RunFolder, error: BaseException, attempt: int) -> Tanren
     )
 
 
-def _end_with_the_launcher() -> None:
-    """Ask the kernel for SIGTERM when the parent dies, so that no training is left behind."""
-    import ctypes
-    import signal
+# What torchrun gives its workers, too.
+_GRACE_SECONDS = 30.0
 
-    pr_set_pdeathsig = 1
-    try:
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    except (OSError, AttributeError):
-        logging.getLogger("tanren").debug("no prctl on this system")
+
+def _end_with_the_launcher() -> None:
+    """Save and end when the parent dies, so that no training is left behind.
+
+    The kernel sends SIGTERM then. A step that does not end within the grace, or a save, is cut off:
+    on a cluster the job is over, and the node may be another's.
+    """
+    parent, pr_set_pdeathsig = os.getppid(), 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        time.sleep(_GRACE_SECONDS)
+        here = psutil.Process()
+        for process in [*here.children(recursive=True), here]:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":
