@@ -23,12 +23,17 @@ from tanren.plan.paths import CHECKPOINT_FILES, PARTIAL, RunFolder, iteration_of
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new, never half."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    partial = path.with_name(f".{path.name}.{unique()}{PARTIAL}")
     with partial.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def unique() -> str:
+    """A part of a file's name that no other living process has, on this node or another."""
+    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 def write_json(path: Path, value: Any) -> None:

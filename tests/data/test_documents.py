@@ -1,22 +1,45 @@
-"""Sources to documents."""
+"""Sources to units to documents, in every format, whole and broken."""
 
 from __future__ import annotations
 
+import gzip
 import sys
 import sysconfig
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import orjson
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tanren.config.errors import EXIT_REQUEST, RequestError
 from tanren.config.schema import Source
-from tanren.data.documents import documents
+from tanren.data import documents as module
+from tanren.data.documents import content, documents, units
+
+
+def stop(error: RequestError) -> None:
+    raise error
+
+
+def source(path: Path | str, **more: Any) -> Source:
+    return Source(name="mine", path=str(path), **more)
+
+
+def texts_of(
+    one: Source, problems: list[RequestError] | None = None, unit_bytes: int = 64 << 20
+) -> list[str]:
+    take = stop if problems is None else problems.append
+    return [text for unit in units(one, unit_bytes) for text in documents(unit, take) if text]
 
 
 def read(folder: Path, path: str = "a.jsonl", text_key: str = "text") -> list[str]:
-    return list(documents(Source(name="mine", path=str(folder / path), text_key=text_key)))
+    return texts_of(source(folder / path, text_key=text_key))
 
 
 def refusal(folder: Path, path: str = "a.jsonl") -> RequestError:
@@ -93,14 +116,6 @@ def test_texts_come_as_they_are(tmp_path: Path, data: bytes, texts: list[str]) -
     assert read(tmp_path) == texts
 
 
-@pytest.mark.parametrize("data", [b"", b"\n \t\r\n\n", b'{"text": ""}\n'])
-def test_a_source_without_text_is_an_error(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / "a.jsonl").write_bytes(data)
-    error = refusal(tmp_path)
-    assert error.place == f"{tmp_path}/a.jsonl"
-    assert error.problem.startswith("source mine holds no text")
-
-
 def test_files_come_in_the_order_of_their_names(tmp_path: Path) -> None:
     for name in "cab":
         (tmp_path / f"{name}.jsonl").write_text(f'{{"body": "{name}", "text": "no"}}\n')
@@ -112,11 +127,11 @@ def test_files_come_in_the_order_of_their_names(tmp_path: Path) -> None:
 def test_python_documentation_is_text_and_stays_the_same(
     kind: Literal["topics", "docstrings"], fewest: int
 ) -> None:
-    source = Source(name="python", python_documentation=kind)
-    first = list(islice(documents(source), 100 if kind == "topics" else 30))
+    [unit] = units(Source(name="python", python_documentation=kind))
+    first = list(islice(documents(unit, stop), 100 if kind == "topics" else 30))
     assert len(first) >= fewest
     assert all(text.strip() for text in first)
-    assert list(islice(documents(source), len(first))) == first
+    assert list(islice(documents(unit, stop), len(first))) == first
 
 
 def test_docstrings_are_those_of_modules_in_order(
@@ -132,13 +147,13 @@ def test_docstrings_are_those_of_modules_in_order(
         "test/t.py": '"""A test."""\n',
         "site-packages/s.py": '"""Not ours."""\n',
     }
-    for name, content in files.items():
+    for name, text in files.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
-    source = Source(name="python", python_documentation="docstrings")
-    assert list(documents(source)) == ["A.", f"Z.\n\nC: {long}"]
+    [unit] = units(Source(name="python", python_documentation="docstrings"))
+    assert list(documents(unit, stop)) == ["A.", f"Z.\n\nC: {long}"]
 
 
 def test_a_python_without_its_documentation_is_an_error(
@@ -147,8 +162,172 @@ def test_a_python_without_its_documentation_is_an_error(
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
     for kind, place in (("topics", "pydoc_data.topics"), ("docstrings", str(tmp_path))):
-        source = Source.model_validate({"name": "python", "python_documentation": kind})
+        [unit] = units(Source.model_validate({"name": "python", "python_documentation": kind}))
         with pytest.raises(RequestError) as caught:
-            list(documents(source))
+            list(documents(unit, stop))
         assert caught.value.place == place
         assert "use another source" in caught.value.next_step
+
+
+TEXTS = [f"{number}: 鍛錬 {'word ' * (number % 7)}" for number in range(60)]
+LINES = b"".join(orjson.dumps({"text": text, "n": 1}) + b"\n" for text in TEXTS)
+
+
+def parquet(path: Path, texts: list[Any], rows: int = 7, column: str = "text") -> None:
+    table = pyarrow.table({column: texts, "other": list(range(len(texts)))})
+    pyarrow.parquet.write_table(table, path, row_group_size=rows)
+
+
+def write(path: Path, data: bytes = LINES) -> None:
+    """Lines in the format that the file's name says; compressed ones in several streams."""
+    third = len(data) // 3
+    parts = [data[:third], data[third : 2 * third], data[2 * third :]]
+    if path.suffix.lower() == ".gz":
+        data = b"".join(gzip.compress(part) for part in parts)
+    elif path.suffix == ".zst":
+        data = b"".join(zstandard.compress(part) for part in parts)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz", "a.json.zst", "A.JSONL.GZ"]
+)
+def test_every_format_gives_the_same_documents(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name)
+    assert texts_of(source(tmp_path / name)) == TEXTS
+    write(tmp_path / name, LINES.rstrip(b"\n"))
+    assert texts_of(source(tmp_path / name)) == TEXTS, "without a last newline"
+
+
+def test_parquet_gives_the_same_documents(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", TEXTS)
+    assert texts_of(source(tmp_path / "a.parquet")) == TEXTS
+    cut = units(source(tmp_path / "a.parquet"), 1)
+    assert [(unit.first, unit.end) for unit in cut] == [(n, n + 1) for n in range(9)]
+    assert len({content(unit) for unit in cut}) == 9, "each row group has bytes of its own"
+    assert texts_of(source(tmp_path / "a.parquet"), unit_bytes=1) == TEXTS
+
+
+def test_gzip_padded_with_zeros_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES) + bytes(1000))
+    assert texts_of(source(tmp_path / "a.jsonl.gz")) == TEXTS
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lines=st.lists(st.text(st.characters(codec="utf-8"), max_size=12), max_size=12),
+    unit_bytes=st.integers(1, 90),
+    newline=st.sampled_from([b"\n", b"\r\n", b"\n\n"]),
+    last=st.booleans(),
+)
+def test_wherever_a_file_is_cut_each_line_is_read_once(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], unit_bytes: int, newline: bytes,
+    last: bool,
+) -> None:  # fmt: skip
+    path = tmp_path_factory.mktemp("cut") / "a.jsonl"
+    data = newline.join(orjson.dumps({"text": line}) for line in lines)
+    path.write_bytes(data + (newline if last and lines else b""))
+    assert texts_of(source(path), unit_bytes=unit_bytes) == [line for line in lines if line]
+    cut = units(source(path), unit_bytes)
+    assert sum(unit.size for unit in cut) == path.stat().st_size
+
+
+def test_a_unit_is_known_by_its_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "b.jsonl").write_bytes(LINES[:-2] + b" \n")
+    ours, theirs = ([content(u) for u in units(source(tmp_path / f"{n}.jsonl"), 500)] for n in "ab")
+    assert len(ours) == len(theirs) > 3
+    assert [a == b for a, b in zip(ours, theirs, strict=True)] == [True] * (len(ours) - 1) + [False]
+
+
+def test_a_folder_means_the_data_in_it(tmp_path: Path) -> None:
+    for name in ("b/2.jsonl", "a/1.jsonl.gz", "c.parquet", "README.md", "b/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    write(tmp_path / "a/1.jsonl.gz", b'{"text": "one"}\n')
+    write(tmp_path / "b/2.jsonl", b'{"text": "two"}\n')
+    parquet(tmp_path / "c.parquet", ["three"])
+    assert texts_of(source(tmp_path)) == ["one", "two", "three"]
+    assert texts_of(source(f"{tmp_path}/**/*.jsonl")) == ["two"]
+
+
+def test_a_kind_of_file_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"")
+    with pytest.raises(RequestError, match="not a kind of file that is known") as caught:
+        units(source(tmp_path / "a.tar"))
+    assert caught.value.place == f"{tmp_path}/a.tar"
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+@pytest.mark.parametrize("damage", ["cut", "overwritten", "not compressed"])
+def test_a_broken_stream_is_named_and_what_came_before_kept(
+    tmp_path: Path, suffix: str, damage: str
+) -> None:
+    path = tmp_path / f"a.jsonl.{suffix}"
+    write(path)
+    data = path.read_bytes()
+    broken = {
+        "cut": data[: len(data) * 3 // 4],
+        "overwritten": data[: len(data) // 2] + bytes(range(1, 41)) + data[len(data) // 2 + 40 :],
+        "not compressed": LINES,
+    }[damage]
+    path.write_bytes(broken)
+    with pytest.raises(RequestError, match="breaks off") as caught:
+        texts_of(source(path))
+    assert caught.value.place == str(path)
+    assert "on_error: skip" in caught.value.next_step
+    problems: list[RequestError] = []
+    kept = texts_of(source(path), problems)
+    assert kept == TEXTS[: len(kept)]
+    assert bool(kept) == (damage != "not compressed")
+    assert "breaks off" in problems[0].problem
+    # A line that the break cuts in two is no document either.
+    assert len(problems) <= 2
+
+
+def test_parquet_that_is_cut_or_has_other_columns_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet(path, TEXTS, column="body")
+    with pytest.raises(RequestError, match="has no column 'text'; it has body, other"):
+        texts_of(source(path))
+    assert texts_of(source(path, text_key="body")) == TEXTS
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(RequestError, match="is not a whole Parquet file"):
+        texts_of(source(path))
+
+
+def test_rows_without_text_are_named_and_passed_over(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", ["a", None, "c", "d", None], rows=2)
+    with pytest.raises(RequestError, match="NoneType") as caught:
+        texts_of(source(tmp_path / "a.parquet"))
+    assert caught.value.place == f"{tmp_path}/a.parquet row 2"
+    problems: list[RequestError] = []
+    assert texts_of(source(tmp_path / "a.parquet"), problems, 1) == ["a", "c", "d"]
+    assert [problem.place.split()[-1] for problem in problems] == ["2", "5"]
+
+
+def test_lines_that_are_passed_over_are_named_wherever_the_file_is_cut(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINES.replace(b'"text":"7', b'"t":"7') + b"{\n" + LINES)
+    problems: list[RequestError] = []
+    kept = texts_of(source(tmp_path / "a.jsonl"), problems, 200)
+    assert kept == [text for text in TEXTS if text[0] != "7"] + TEXTS
+    assert [problem.place for problem in problems] == [
+        f"{tmp_path}/a.jsonl:{number}" for number in (8, 61)
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_document_that_is_too_long_is_named_and_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """2 GiB is the limit; here it is lowered, and blocks are small, to see it happen."""
+    monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(module, "_BLOCK", 64)
+    lines = b'{"text": "a"}\n{"text": "' + b"x" * 5000 + b'"}\n{"text": "b"}\n'
+    write(tmp_path / f"a.jsonl{suffix}", lines)
+    with pytest.raises(RequestError, match=r"a line of 5,012 bytes") as caught:
+        texts_of(source(tmp_path / f"a.jsonl{suffix}"))
+    assert caught.value.place == f"{tmp_path}/a.jsonl{suffix}:2"
+    problems: list[RequestError] = []
+    assert texts_of(source(tmp_path / f"a.jsonl{suffix}"), problems) == ["a", "b"]
+    assert len(problems) == 1

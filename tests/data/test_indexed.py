@@ -68,7 +68,7 @@ def test_a_token_that_does_not_fit_is_never_wrapped(tmp_path: Path, token: int) 
 
 def test_an_interrupted_write_leaves_the_old_files(tmp_path: Path) -> None:
     def interrupted() -> Iterator[list[int]]:
-        yield list(range(5000)) * 10
+        yield list(range(250)) * 200
         raise KeyboardInterrupt
 
     indexed.write(tmp_path / "t", [[1, 2]], 300)

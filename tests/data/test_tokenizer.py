@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tanren.config.errors import EXIT_REQUEST, RequestError
@@ -30,6 +31,10 @@ SPECIAL = (tokenizers.BOS, tokenizers.EOS)
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tokenizers.Tokenizer:
     return tokenizers.train(TEXTS, SIZE, tmp_path_factory.mktemp("tokenizer"))
+
+
+def lists(encoded: list[tokenizers.Ids]) -> list[list[int]]:
+    return [ids.tolist() for ids in encoded]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -61,26 +66,25 @@ def test_training_again_gives_the_same_files(trained: tokenizers.Tokenizer, tmp_
 )  # fmt: skip
 def test_text_comes_back(trained: tokenizers.Tokenizer, text: str) -> None:
     [ids] = trained.encode([text])
-    assert trained.backend.decode(ids, skip_special_tokens=False) == text
-
-
-PLAIN = st.text().filter(lambda text: not any(special in text for special in SPECIAL))
+    assert trained.backend.decode(ids) == text
 
 
 @settings(deadline=None)
-@given(texts=st.lists(PLAIN, max_size=4))
+@given(texts=st.lists(st.text(st.characters(codec="utf-8")), max_size=4))
+@example(texts=["a</s>b", "<s>"])
 def test_any_text_comes_back_without_special_tokens(
     trained: tokenizers.Tokenizer, texts: list[str]
 ) -> None:
+    """Also where a document speaks of special tokens: its text is not taken for them."""
     encoded = trained.encode(texts)
-    assert trained.backend.decode_batch(encoded, skip_special_tokens=False) == texts
+    assert [trained.backend.decode(ids) for ids in encoded] == texts
     assert all(1 < number < trained.size for ids in encoded for number in ids)
 
 
 def test_the_special_tokens_are_where_training_looks(trained: tokenizers.Tokenizer) -> None:
     assert (trained.bos, trained.eod, trained.size) == (0, 1, SIZE)
-    assert tuple(trained.backend.id_to_token(number) for number in (0, 1)) == SPECIAL
-    assert tokenizers.read(trained.folder).encode(TEXTS) == trained.encode(TEXTS)
+    assert tuple(trained.backend.pieces()[piece] for piece in SPECIAL) == (0, 1)
+    assert lists(tokenizers.read(trained.folder).encode(TEXTS)) == lists(trained.encode(TEXTS))
     [ids] = trained.encode([TEXTS[0]])
     assert len(ids) < len(TEXTS[0]) / 1.3, "merges were learned"
 
@@ -93,7 +97,7 @@ def test_transformers_reads_the_folder(trained: tokenizers.Tokenizer) -> None:
     assert (theirs.bos_token_id, theirs.eos_token_id) == (trained.bos, trained.eod)
     assert len(theirs) == trained.size
     texts = [*TEXTS, " 'twas  not 's . , ! ?"]
-    ids = trained.encode(texts)
+    ids = lists(trained.encode(texts))
     assert theirs(texts, add_special_tokens=False)["input_ids"] == ids
     assert [theirs.decode(each) for each in ids] == texts
 
@@ -185,9 +189,70 @@ def test_special_tokens_are_found_in_every_form(
 def test_copy_takes_the_tokenizer_and_leaves_the_weights(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    for name in (*tokenizers.FILES, "model.safetensors", "config.json"):
+    names = ("tokenizer.json", "tokenizer_config.json", "x.model", "llmjp4_tokenizer.py",
+             "chat_template.jinja")  # fmt: skip
+    for name in (*names, "model.safetensors", "config.json", "modeling_x.py"):
         (source / name).write_text(name)
     tokenizers.copy(source, tmp_path / "to" / "there")
-    assert files(tmp_path / "to" / "there") == {
-        name: name.encode() for name in sorted(tokenizers.FILES)
-    }
+    assert files(tmp_path / "to" / "there") == {name: name.encode() for name in sorted(names)}
+    tokenizers.copy(source / "x.model", tmp_path / "one")
+    assert files(tmp_path / "one") == {"x.model": b"x.model"}
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model as llm-jp's are: unigram, bytes for what it has not, own pieces."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 4), model_writer=model, vocab_size=360,
+        model_type="unigram", byte_fallback=True, split_digits=True, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+        user_defined_symbols=["<EOD>"], hard_vocab_limit=False,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("pieces") / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def test_a_sentencepiece_model_is_read_as_file_and_as_folder(pieces: Path, tmp_path: Path) -> None:
+    import sentencepiece
+
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
+    texts = [*TEXTS, "", "未知の漢字: 鬱 🔨", "a<EOD>b</s>"]
+    for path in (pieces, pieces.parent):
+        ours = tokenizers.read(path)
+        assert (ours.bos, ours.eod, ours.size) == (1, 2, theirs.get_piece_size())
+        assert lists(ours.encode(texts)) == theirs.encode(texts)
+    eod = theirs.piece_to_id("<EOD>")
+    [ids] = ours.encode(["a<EOD>b</s>"])
+    assert eod in ids, "a user-defined piece is one, as Megatron has it"
+    assert 2 not in ids, "the text of a control piece is text"
+    assert [ours.backend.decode(ids) for ids in ours.encode(TEXTS)] == TEXTS
+
+
+def test_tokenizers_that_differ_are_told_apart(
+    trained: tokenizers.Tokenizer, pieces: Path, tmp_path: Path
+) -> None:
+    tokenizers.copy(trained.folder, tmp_path / "copy")
+    assert trained.agrees_with(tokenizers.read(tmp_path / "copy"))
+    assert tokenizers.read(tmp_path / "copy").digest == trained.digest
+    smaller = tokenizers.train(TEXTS, SIZE - 1, tmp_path / "smaller")
+    assert not trained.agrees_with(smaller)
+    assert smaller.digest != trained.digest
+    sentencepiece = tokenizers.read(pieces)
+    assert sentencepiece.agrees_with(tokenizers.read(pieces.parent))
+    assert not sentencepiece.agrees_with(trained)
+    assert not trained.agrees_with(sentencepiece)
+
+
+def test_a_model_file_that_cannot_be_read_is_refused(tmp_path: Path, pieces: Path) -> None:
+    with pytest.raises(RequestError, match="there is no such file"):
+        tokenizers.read(tmp_path / "no.model")
+    (tmp_path / "a.model").write_bytes(b"not one")
+    with pytest.raises(RequestError, match="is not a SentencePiece model"):
+        tokenizers.read(tmp_path)
+    (tmp_path / "b.model").write_bytes(pieces.read_bytes())
+    with pytest.raises(RequestError, match=r"has no tokenizer\.json and 2 SentencePiece models"):
+        tokenizers.read(tmp_path)

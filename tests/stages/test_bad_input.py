@@ -75,7 +75,7 @@ CORPORA = {
     "text is a number": ('{"text": 5}\n', ":1", "text"),
     "empty": ("", "", "no text"),
     "blank documents": ('{"text": ""}\n', "", "no text"),
-    "missing": (None, "", "no such file, and source corpus needs one"),
+    "missing": (None, "", "no file of source corpus is there"),
 }
 
 

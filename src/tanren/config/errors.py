@@ -35,6 +35,10 @@ class TanrenError(Exception):
         message = f"{self.place}: {self.problem}."
         return f"{message}\n  next: {self.next_step}" if self.next_step else message
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Cross from one process to another: Exception would take the text for the parts."""
+        return type(self), (self.place, self.problem, self.next_step), self.__dict__
+
     def as_dict(self) -> dict[str, object]:
         """The same as plain values, to cross from a worker process to the command."""
         return {

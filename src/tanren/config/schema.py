@@ -157,8 +157,9 @@ class Tokenizer(Strict):
 class Source(Strict):
     """A named collection of documents.
 
-    `path` is a .jsonl file (a glob is expanded) whose lines are objects with the text under
-    `text_key`. `python_documentation` is what every Python carries: the language reference
+    `path` is a file, a glob (`**` goes into folders) or a folder: .jsonl or .json (one object a
+    line), also with .gz or .zst, and .parquet, with the text under `text_key`.
+    `python_documentation` is what every Python carries: the language reference
     behind help() (`topics`), or the docstrings of the standard library (`docstrings`).
     """
 
@@ -175,12 +176,18 @@ class Source(Strict):
 
 
 class Preprocess(Strict):
-    """Text to tokens: a tokenizer, and Megatron .bin/.idx files, one pair a source."""
+    """Text to tokens: a tokenizer, and Megatron .bin/.idx files, one pair a source.
+
+    Each document gets the end-of-sequence token behind it, and with `prepend_bos` the beginning one
+    before it. A line that is no document stops the stage, or is passed over (`on_error: skip`),
+    counted and written down in tokens/SOURCE.skipped.jsonl.
+    """
 
     tokenizer: Tokenizer
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
     append_eod: bool = True
     prepend_bos: bool = False
+    on_error: Literal["stop", "skip"] = "stop"
     job: Job = Job()
 
     @model_validator(mode="after")

@@ -1,126 +1,330 @@
-"""Sources to documents: .jsonl files, and the text that every Python installation carries."""
+"""Sources to documents: JSON lines, plain or compressed, Parquet, and the text of every Python.
+
+A source is cut into units, pieces of about the same size whatever the number of workers. A unit is
+read in one stream, by one worker; nothing is unpacked to disk, and no more than a block and a
+document are in memory.
+"""
 
 from __future__ import annotations
 
-import ast
-import glob
-import importlib
-import sysconfig
-from collections.abc import Iterator
+import hashlib
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import orjson
 
 from tanren.config.errors import RequestError
 from tanren.config.schema import Source
+from tanren.data import python_text
+from tanren.data.compressed import OPENERS, Position, unpacked
+from tanren.data.sources import files_of
 
-# Folders of the standard library whose docstrings say nothing to a reader.
-_SKIPPED = {"test", "tests", "idlelib", "turtledemo", "site-packages", "__pycache__", "pydoc_data"}
+# Text that one worker turns into one shard. Large enough that a worker's start does not count,
+# small enough that the last ones end together.
+UNIT_BYTES = 64 << 20
+_BLOCK = 1 << 20
+# sentencepiece and Megatron's index count a document in signed 32-bit numbers.
+MAX_DOCUMENT_BYTES = 2**31 - 1
+
+Problem = Callable[[RequestError], None]
 
 
-def documents(source: Source) -> Iterator[str]:
-    """The texts of a source that are not empty, in a fixed order.
+@dataclass(frozen=True)
+class Unit:
+    """A piece of a source: a file, or a range of its bytes (lines) or its row groups (Parquet)."""
+
+    source: Source
+    path: Path | None = None
+    first: int = 0
+    end: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk, to weigh one unit against another; 0 where there is no file."""
+        if self.path is None:
+            return 0
+        if self.end is not None and _kind(self.path) == "lines":
+            return self.end - self.first
+        return self.path.stat().st_size
+
+
+def units(source: Source, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
+    """Cut a source, in the order of its files.
+
+    Plain lines are cut where a line begins, Parquet between row groups; a compressed file is one
+    unit, since its stream has one beginning.
+
+    Raises:
+        RequestError: a source matches no file, or a file's name or head is not understood.
+    """
+    if source.python_documentation:
+        return [Unit(source)]
+    found: list[Unit] = []
+    for path in files_of(source):
+        kind = _kind(path)
+        if kind == "lines":
+            found += _cut_lines(source, path, unit_bytes)
+        elif kind == "parquet":
+            found += _cut_row_groups(source, path, unit_bytes)
+        else:
+            found.append(Unit(source, path))
+    return found
+
+
+def _kind(path: Path) -> str:
+    """By the last part of its name: lines, gz, zst or parquet."""
+    suffix = path.suffix.lower().removeprefix(".")
+    if suffix in ("gz", "zst", "parquet"):
+        return suffix
+    if suffix in ("jsonl", "json", "ndjson"):
+        return "lines"
+    raise RequestError(
+        path,
+        "is not a kind of file that is known here",
+        "known are .jsonl and .json (one object a line), also with .gz or .zst, and .parquet",
+    )
+
+
+def _cut_lines(source: Source, path: Path, unit_bytes: int) -> Iterator[Unit]:
+    size, first = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while first < size:
+            file.seek(first + unit_bytes - 1)
+            while (piece := file.readline(_BLOCK)) and not piece.endswith(b"\n"):
+                pass
+            end = min(file.tell(), size)
+            yield Unit(source, path, first, end)
+            first = end
+
+
+def _cut_row_groups(source: Source, path: Path, unit_bytes: int) -> Iterator[Unit]:
+    metadata = _parquet(path).metadata
+    first, held = 0, 0
+    for number in range(metadata.num_row_groups):
+        held += metadata.row_group(number).total_byte_size
+        if held >= unit_bytes or number + 1 == metadata.num_row_groups:
+            yield Unit(source, path, first, number + 1)
+            first, held = number + 1, 0
+
+
+def content(unit: Unit) -> str:
+    """SHA-256 of a unit's bytes: what its shard is known by."""
+    result = hashlib.sha256()
+    if unit.path is None:
+        for text in _python_text(unit.source):
+            result.update(orjson.dumps(text))
+        return result.hexdigest()
+    for block in _blocks(unit):
+        result.update(block)
+    return result.hexdigest()
+
+
+def _blocks(unit: Unit) -> Iterator[bytes]:
+    """A unit's bytes as they are on disk."""
+    assert unit.path is not None
+    first, end = unit.first, unit.end
+    if _kind(unit.path) == "parquet":
+        first, end = _parquet_bytes(unit)
+    with unit.path.open("rb") as file:
+        file.seek(first)
+        left = (unit.path.stat().st_size if end is None else end) - first
+        while left > 0 and (block := file.read(min(left, _BLOCK))):
+            left -= len(block)
+            yield block
+
+
+def documents(unit: Unit, problem: Problem) -> Iterator[str]:
+    """The texts of a unit in order; empty ones come as "".
 
     Args:
-        source: what the recipe says, its path absolute.
-    Raises:
-        RequestError: nothing matches, there is no text, or a line is not JSON or has no text;
-            file and line are named.
+        problem: called with each line that is no document (place, problem, next step); it raises,
+            or the line is passed over.
     """
-    if source.python_documentation == "topics":
-        texts = _topics()
-    elif source.python_documentation == "docstrings":
-        texts = _docstrings()
+    if unit.path is None:
+        yield from _python_text(unit.source)
+    elif _kind(unit.path) == "parquet":
+        yield from _rows(unit, problem)
     else:
-        texts = _json_lines(source)
-    empty = True
-    for text in texts:
-        if text:
-            empty = False
+        yield from _json_lines(unit, problem)
+
+
+def _python_text(source: Source) -> Iterator[str]:
+    if source.python_documentation == "topics":
+        return python_text.topics()
+    return python_text.docstrings()
+
+
+# JSON lines ---------------------------------------------------------------------------------------
+
+
+def _json_lines(unit: Unit, problem: Problem) -> Iterator[str]:
+    lines = _Lines(unit, problem)
+    for line in lines:
+        if not line or line.isspace():
+            continue
+        text = _text_of(line, unit.source.text_key)
+        if isinstance(text, str):
             yield text
-    if empty:
-        raise RequestError(
-            source.path or source.name,
-            f"source {source.name} holds no text: every document is empty or there is none",
-            "check the source's path and text_key",
-        )
+        else:
+            problem(RequestError(lines.place, *text))
 
 
-def _topics() -> Iterator[str]:
-    """The language reference behind help(): one document a topic."""
-    try:
-        topics = importlib.import_module("pydoc_data.topics").topics
-    except ImportError:
-        raise RequestError(
-            "pydoc_data.topics",
-            "this Python comes without its documentation",
-            "install the whole standard library (Debian: libpython3-stdlib), or use another source",
-        ) from None
-    for name in sorted(topics):
-        yield topics[name]
-
-
-def _docstrings() -> Iterator[str]:
-    """One document a module of the standard library: its docstring and those of its contents."""
-    root = Path(sysconfig.get_path("stdlib"))
-    found = False
-    for path in sorted(root.rglob("*.py")):
-        if _SKIPPED & set(path.relative_to(root).parts[:-1]):
-            continue
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError, OSError):
-            continue
-        module = ast.get_docstring(tree)
-        if not module:
-            continue
-        parts = [module]
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = ast.get_docstring(node)
-                if text and len(text) > 80:
-                    parts.append(f"{node.name}: {text}")
-        found = True
-        yield "\n\n".join(parts)
-    if not found:
-        raise RequestError(root, "holds no sources of the standard library", "use another source")
-
-
-def _json_lines(source: Source) -> Iterator[str]:
-    assert source.path is not None
-    paths = [Path(name) for name in sorted(glob.glob(source.path))]
-    if not paths:
-        raise RequestError(
-            source.path, f"no file of source {source.name} is there", "check the source's path"
-        )
-    for path in paths:
-        if not path.is_file():
-            raise RequestError(
-                path,
-                f"is not a file, and source {source.name} needs one",
-                "name the .jsonl files, such as FOLDER/*.jsonl",
-            )
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _text_of(line, source.text_key, f"{path}:{number}")
-
-
-def _text_of(line: bytes, key: str, place: str) -> str:
+def _text_of(line: bytes, key: str) -> str | tuple[str, str]:
+    """The text of a line, or what is wrong with it and what to do."""
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise RequestError(place, f"is not JSON: {error}", "mend or remove the line") from None
-    if not isinstance(value, dict) or not isinstance(value.get(key), str):
-        keys = type(value).__name__
-        if isinstance(value, dict):
-            keys = ", ".join(value) or "no keys"
-            if key in value:
-                keys = f"{type(value[key]).__name__} there"
-        raise RequestError(
-            place,
-            f"has no text under {key!r}; it has {keys}",
-            "state the source's text_key, or mend the line",
+        return f"is not JSON: {error}", "mend or remove the line, or on_error: skip"
+    text = value.get(key) if isinstance(value, dict) else None
+    if isinstance(text, str):
+        return text
+    keys = type(value).__name__
+    if isinstance(value, dict):
+        keys = ", ".join(value) or "no keys"
+        if key in value:
+            keys = f"{type(text).__name__} there"
+    return (
+        f"has no text under {key!r}; it has {keys}",
+        "state the source's text_key, or mend the line, or on_error: skip",
+    )
+
+
+class _Lines:
+    """The lines of a unit, without their ends; `place` names the last one as an editor would."""
+
+    def __init__(self, unit: Unit, problem: Problem) -> None:
+        assert unit.path is not None
+        self.unit, self.path, self.problem = unit, unit.path, problem
+        self.number = 0
+        self._before: int | None = None
+
+    @property
+    def place(self) -> str:
+        if self._before is None:
+            # A unit in the middle of a file does not know how many lines lie before it.
+            before = Unit(self.unit.source, self.path, 0, self.unit.first)
+            self._before = sum(block.count(b"\n") for block in _blocks(before))
+        return f"{self.path}:{self._before + self.number}"
+
+    def __iter__(self) -> Iterator[bytes]:
+        rest: list[bytes] = []
+        held = 0
+        for block in self._text_blocks():
+            lines = block.split(b"\n")
+            if len(lines) > 1:
+                whole = self._line([*rest, lines[0]], held + len(lines[0]))
+                if whole is not None:
+                    yield whole
+                rest, held = [], 0
+                for line in lines[1:-1]:
+                    self.number += 1
+                    yield line
+            held += len(lines[-1])
+            if held <= MAX_DOCUMENT_BYTES:
+                rest.append(lines[-1])
+            else:
+                rest = []
+        if held and (whole := self._line(rest, held)) is not None:
+            yield whole
+
+    def _line(self, parts: list[bytes], size: int) -> bytes | None:
+        self.number += 1
+        if size <= MAX_DOCUMENT_BYTES:
+            return b"".join(parts)
+        self.problem(
+            RequestError(
+                self.place,
+                f"is a line of {size:,} bytes; the longest that can be a document has "
+                f"{MAX_DOCUMENT_BYTES:,}",
+                "cut the document into several, or on_error: skip",
+            )
         )
-    text: str = value[key]
-    return text
+        return None
+
+    def _text_blocks(self) -> Iterator[bytes]:
+        kind = _kind(self.path)
+        if kind == "lines":
+            yield from _blocks(self.unit)
+            return
+        done = Position()
+        try:
+            yield from unpacked(_blocks(self.unit), OPENERS[kind], done)
+        except (ValueError, zlib.error) as error:
+            self.problem(
+                RequestError(
+                    self.path,
+                    f"breaks off: {error}, {done.read:,} bytes into the file; what came before, "
+                    f"{self.number:,} lines, can be read",
+                    "fetch the file again, or on_error: skip to keep those lines",
+                )
+            )
+
+
+# Parquet ------------------------------------------------------------------------------------------
+
+
+def _parquet(path: Path) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BLOCK)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise RequestError(
+            path, f"is not a whole Parquet file: {error}", "fetch the file again"
+        ) from None
+
+
+def _parquet_bytes(unit: Unit) -> tuple[int, int]:
+    """Where a unit's row groups lie in their file."""
+    assert unit.path is not None
+    metadata = _parquet(unit.path).metadata
+    starts, ends = [], []
+    for number in range(unit.first, unit.end or metadata.num_row_groups):
+        for column in range(metadata.num_columns):
+            facts = metadata.row_group(number).column(column)
+            start = facts.dictionary_page_offset or facts.data_page_offset
+            starts.append(start)
+            ends.append(start + facts.total_compressed_size)
+    return min(starts, default=0), max(ends, default=0)
+
+
+def _rows(unit: Unit, problem: Problem) -> Iterator[str]:
+    import pyarrow
+
+    assert unit.path is not None
+    file, key = _parquet(unit.path), unit.source.text_key
+    names = file.schema_arrow.names
+    if key not in names:
+        raise RequestError(
+            unit.path,
+            f"has no column {key!r}; it has {', '.join(names) or 'none'}",
+            "state the source's text_key",
+        )
+    row = sum(file.metadata.row_group(number).num_rows for number in range(unit.first))
+    groups = range(unit.first, unit.end or file.metadata.num_row_groups)
+    try:
+        for batch in file.iter_batches(256, row_groups=list(groups), columns=[key]):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                if isinstance(text, str):
+                    yield text
+                    continue
+                problem(
+                    RequestError(
+                        f"{unit.path} row {row}",
+                        f"has no text under {key!r}; it has {type(text).__name__} there",
+                        "state the source's text_key, or mend the row, or on_error: skip",
+                    )
+                )
+    except (pyarrow.ArrowException, OSError) as error:
+        problem(
+            RequestError(
+                unit.path,
+                f"breaks off after row {row:,}: {error}",
+                "fetch the file again, or on_error: skip to keep those rows",
+            )
+        )

@@ -8,13 +8,16 @@ datasets/indexed_dataset.py)
 
 from __future__ import annotations
 
+import shutil
 import struct
-from collections.abc import Iterable
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tanren.config.errors import RequestError
 from tanren.plan.paths import PARTIAL
@@ -47,32 +50,94 @@ class Writer:
     """Writes one pair of files; they get their names when both are whole."""
 
     def __init__(self, prefix: Path, vocabulary_size: int) -> None:
-        self.prefix = prefix
+        self.prefix, self.vocabulary_size = prefix, vocabulary_size
         self.dtype = token_type(vocabulary_size)
-        self.lengths: list[int] = []
+        self.lengths = array("i")
+        prefix.parent.mkdir(parents=True, exist_ok=True)
         self._bin = _partial(bin_path(prefix)).open("wb")
 
-    def add(self, tokens: list[int]) -> None:
-        """Append one document."""
-        self._bin.write(np.asarray(tokens, dtype=self.dtype).tobytes())
-        self.lengths.append(len(tokens))
+    def add(self, documents: list[npt.NDArray[Any]]) -> None:
+        """Append documents of token ids."""
+        tokens = np.concatenate(documents)
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocabulary_size:
+            raise OverflowError(
+                f"tokens {tokens.min()} to {tokens.max()} of a vocabulary of {self.vocabulary_size}"
+            )
+        self._bin.write(tokens.astype(self.dtype, copy=False).tobytes())
+        self.lengths.extend(map(len, documents))
 
     def close(self) -> Counts:
         """Write the index and give both files their names."""
         self._bin.close()
-        lengths = np.asarray(self.lengths, dtype="<i4")
-        offsets = np.zeros(len(lengths), dtype="<i8")
-        np.cumsum(lengths[:-1], dtype="<i8", out=offsets[1:])
-        code = next(code for code, dtype in _TYPES.items() if dtype == self.dtype)
-        with _partial(idx_path(self.prefix)).open("wb") as file:
-            file.write(_MAGIC)
-            file.write(_HEADER.pack(1, code, len(lengths), len(lengths) + 1))
-            file.write(lengths.tobytes())
-            file.write((offsets * self.dtype.itemsize).tobytes())
-            file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+        lengths = np.frombuffer(self.lengths, dtype=np.int32)
+        _write_index(self.prefix, self.dtype, [lengths])
         for path in (bin_path(self.prefix), idx_path(self.prefix)):
             _partial(path).replace(path)
         return Counts(len(lengths), int(lengths.sum(dtype=np.int64)))
+
+
+def _write_index(
+    prefix: Path, dtype: np.dtype[Any], parts: Sequence[npt.NDArray[np.int32]]
+) -> None:
+    """Write the index of documents whose lengths come in parts, one part in memory at a time."""
+    code = next(code for code, known in _TYPES.items() if known == dtype)
+    documents = sum(len(part) for part in parts)
+    with _partial(idx_path(prefix)).open("wb") as file:
+        file.write(_MAGIC)
+        file.write(_HEADER.pack(1, code, documents, documents + 1))
+        for part in parts:
+            file.write(part.astype("<i4", copy=False).tobytes())
+        offset = 0
+        for part in parts:
+            ends = np.cumsum(part, dtype="<i8")
+            file.write(((ends - part + offset) * dtype.itemsize).astype("<i8").tobytes())
+            offset += int(ends[-1]) if len(ends) else 0
+        first = 0
+        for part in parts:
+            file.write(np.arange(first, first + len(part), dtype="<i8").tobytes())
+            first += len(part)
+        file.write(np.int64(documents).astype("<i8").tobytes())
+
+
+def join(
+    prefix: Path, shards: Sequence[Path], vocabulary_size: int, run: Callable[..., Any] = map
+) -> Counts:
+    """Make one pair of files of several, in their order. They are copied, and stay.
+
+    Args:
+        shards: prefixes of whole pairs (see `check`) of this vocabulary.
+        run: `map`, or that of a pool: the shards are copied independently of each other.
+    """
+    dtype = token_type(vocabulary_size)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    lengths = [_lengths(shard) for shard in shards]
+    _write_index(prefix, dtype, lengths)
+    sizes = [bin_path(shard).stat().st_size for shard in shards]
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    whole = _partial(bin_path(prefix))
+    with whole.open("wb") as file:
+        file.truncate(sum(sizes))
+    list(run(_copy_into, [whole] * len(shards), [bin_path(s) for s in shards], starts))
+    for path in (bin_path(prefix), idx_path(prefix)):
+        _partial(path).replace(path)
+    return Counts(sum(len(part) for part in lengths), sum(sizes) // dtype.itemsize)
+
+
+def _lengths(prefix: Path) -> npt.NDArray[np.int32]:
+    """The lengths of a pair's documents, mapped and not read."""
+    path = idx_path(prefix)
+    head = len(_MAGIC) + _HEADER.size
+    with path.open("rb") as file:
+        count = _HEADER.unpack(file.read(head)[len(_MAGIC) :])[2]
+    if not count:
+        return np.zeros(0, dtype=np.int32)
+    return np.memmap(path, dtype="<i4", mode="r", offset=head, shape=(count,))
+
+
+def _copy_into(whole: Path, part: Path, start: int) -> None:
+    with whole.open("r+b") as out, part.open("rb") as file:
+        out.seek(start)
+        shutil.copyfileobj(file, out, 16 << 20)
 
 
 def _partial(path: Path) -> Path:
@@ -111,9 +176,9 @@ def check(prefix: Path) -> Counts:
     return Counts(int(sequences), total)
 
 
-def write(prefix: Path, documents: Iterable[list[int]], vocabulary_size: int) -> Counts:
+def write(prefix: Path, documents: Iterable[Sequence[int]], vocabulary_size: int) -> Counts:
     """Write documents of token ids as PREFIX.bin and PREFIX.idx."""
     writer = Writer(prefix, vocabulary_size)
     for document in documents:
-        writer.add(document)
+        writer.add([np.asarray(document, dtype=np.int64)])
     return writer.close()

@@ -1,17 +1,20 @@
-"""Tokenizers: read a Hugging Face folder, or train a small byte-level BPE.
+"""Tokenizers: Hugging Face's fast ones, SentencePiece models, or a small byte-level BPE trained.
 
-Reads and writes tokenizer.json with the tokenizers library alone: transformers takes seconds to
-import, and only the export needs it.
+Reads with the tokenizers and sentencepiece libraries alone: transformers takes seconds to import,
+and only the export needs it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import orjson
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -19,51 +22,160 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from tanren.config.errors import RequestError
 
 BOS, EOS = "<s>", "</s>"
-FILES = (
+# What belongs to a tokenizer in a model's folder; some come with a class of their own.
+PATTERNS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "tokenizer.model",
+    "added_tokens.json",
+    "*.model",
+    "*tokenizer*.py",
     "chat_template.jinja",
 )
+Ids = npt.NDArray[np.int32]
+# Text on which two kinds of the same tokenizer are held against each other.
+_PROBES = (
+    "The smith folds the steel 12 times,\n\tagain  and again.",
+    "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。",
+    "def f(x):\n    return x ** 2  # 二乗 😀 \u0627\u0644\u062e\u0637",
+)
+
+
+class _Backend(Protocol):
+    def encode(self, texts: list[str]) -> list[Ids]: ...
+
+    def decode(self, ids: Ids) -> str: ...
+
+    def pieces(self) -> dict[str, int]: ...
+
+
+class _Fast:
+    """tokenizer.json. The text of a special token in a document stays text."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise RequestError(path, f"is not a tokenizer: {error}") from None
+        self.backend.encode_special_tokens = True
+        self.backend.no_truncation()
+        self.backend.no_padding()
+
+    def encode(self, texts: list[str]) -> list[Ids]:
+        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(one.ids, dtype=np.int32) for one in encoded]
+
+    def decode(self, ids: Ids) -> str:
+        return str(self.backend.decode(ids.tolist(), skip_special_tokens=False))
+
+    def pieces(self) -> dict[str, int]:
+        return dict(self.backend.get_vocab(with_added_tokens=True))
+
+
+class _SentencePiece:
+    """A SentencePiece model. User-defined pieces in a document become their ids, as in Megatron."""
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        self.backend = sentencepiece.SentencePieceProcessor()
+        try:
+            self.backend.LoadFromSerializedProto(path.read_bytes())
+        except (RuntimeError, OSError) as error:
+            raise RequestError(path, f"is not a SentencePiece model: {error}") from None
+
+    def encode(self, texts: list[str]) -> list[Ids]:
+        return list(self.backend.encode(texts, num_threads=1, return_type="numpy"))
+
+    def decode(self, ids: Ids) -> str:
+        return str(self.backend.decode(ids.tolist()))
+
+    def pieces(self) -> dict[str, int]:
+        backend = self.backend
+        return {backend.id_to_piece(number): number for number in range(backend.get_piece_size())}
 
 
 @dataclass(frozen=True)
 class Tokenizer:
     """A tokenizer with the ids that training needs.
 
-    `size` counts added tokens too: every id is below it.
+    `size` counts added tokens too: every id is below it. `digest` changes with anything that could
+    change the ids of a text.
     """
 
-    backend: tokenizers.Tokenizer
+    backend: _Backend
     folder: Path
     size: int
     bos: int | None
     eod: int
+    digest: str
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
+    def encode(self, texts: list[str]) -> list[Ids]:
         """Token ids of each text, with no special token added."""
-        return [e.ids for e in self.backend.encode_batch(texts, add_special_tokens=False)]
+        return self.backend.encode(texts)
+
+    def agrees_with(self, other: Tokenizer) -> bool:
+        """Whether both give every text the same ids.
+
+        Of one kind they must have the same pieces; a fast tokenizer and the SentencePiece model
+        that it was made from may name special pieces differently, so these are tried on text.
+        """
+        if type(self.backend) is type(other.backend):
+            return self.backend.pieces() == other.backend.pieces()
+        ours, theirs = self.encode(list(_PROBES)), other.encode(list(_PROBES))
+        return all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def read(folder: Path) -> Tokenizer:
-    """Read a folder with tokenizer.json and tokenizer_config.json.
+def is_there(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer that can be read here."""
+    return (folder / "tokenizer.json").is_file() or any(folder.glob("*.model"))
+
+
+def read(path: Path) -> Tokenizer:
+    """Read a Hugging Face folder (tokenizer.json, else its SentencePiece model), or a .model file.
 
     Raises:
-        RequestError: a file is missing, or no end-of-sequence token is named.
+        RequestError: there is none or more than one, or no end-of-sequence token is named.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
+    if path.suffix == ".model":
+        return _read_sentencepiece(path)
+    if (path / "tokenizer.json").is_file():
+        return _read_fast(path)
+    found = sorted(path.glob("*.model"))
+    if len(found) != 1:
         raise RequestError(
-            folder, "has no tokenizer.json", "name a folder with a Hugging Face fast tokenizer"
+            path,
+            f"has no tokenizer.json and {len(found) or 'no'} SentencePiece models",
+            "name a folder with a Hugging Face tokenizer, or the .model file itself",
         )
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise RequestError(path, f"is not a tokenizer: {error}") from None
+    return _read_sentencepiece(found[0])
+
+
+def _read_sentencepiece(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise RequestError(path, "there is no such file", "check the tokenizer's path")
+    backend = _SentencePiece(path)
+    bos, eos = backend.backend.bos_id(), backend.backend.eos_id()
+    if eos < 0:
+        raise RequestError(
+            path, "has no end-of-sequence piece", "use a model that has one: documents end with it"
+        )
+    return Tokenizer(
+        backend=backend,
+        folder=path.parent,
+        size=backend.backend.get_piece_size(),
+        bos=bos if bos >= 0 else None,
+        eod=eos,
+        digest=hashlib.sha256(path.read_bytes()).hexdigest(),
+    )
+
+
+def _read_fast(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    fast = _Fast(path)
     config = _special_tokens(folder)
     eos = config.get("eos_token")
-    eod = backend.token_to_id(eos) if eos is not None else None
+    eod = fast.backend.token_to_id(eos) if eos is not None else None
     if eod is None:
         raise RequestError(
             folder / "tokenizer_config.json",
@@ -71,12 +183,14 @@ def read(folder: Path) -> Tokenizer:
             "set eos_token: documents are ended with it",
         )
     bos = config.get("bos_token")
+    bos_id = fast.backend.token_to_id(bos) if bos else None
     return Tokenizer(
-        backend=backend,
+        backend=fast,
         folder=folder,
-        size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
-        bos=backend.token_to_id(bos) if bos else None,
+        size=max(fast.pieces().values()) + 1,
+        bos=bos_id,
         eod=eod,
+        digest=hashlib.sha256(path.read_bytes() + f"{bos_id} {eod}".encode()).hexdigest(),
     )
 
 
@@ -137,8 +251,10 @@ def train(texts: Iterable[str], vocabulary_size: int, folder: Path) -> Tokenizer
 
 
 def copy(source: Path, destination: Path) -> None:
-    """Copy a tokenizer's files from one Hugging Face folder to another."""
+    """Copy a tokenizer's files: those of a Hugging Face folder, or one SentencePiece model."""
     destination.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, destination / name)
+    folder, patterns = (source.parent, (source.name,)) if source.is_file() else (source, PATTERNS)
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, destination / path.name)

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from tanren.config.errors import RequestError
 from tanren.config.schema import Convert, Midtrain, Preprocess, Recipe
+from tanren.data.sources import files_of
 
 R = TypeVar("R", bound=Recipe)
 _MODEL_FILES = ("*.json", "*.safetensors", "*.model")
@@ -73,17 +74,13 @@ def marks(recipe: Recipe) -> dict[str, str]:
     found = {}
     if isinstance(recipe, Preprocess):
         if recipe.tokenizer.path is not None:
-            found["tokenizer"] = _mark_of_folder(Path(recipe.tokenizer.path), "the tokenizer's")
+            path = Path(recipe.tokenizer.path)
+            found["tokenizer"] = (
+                _mark([path]) if path.is_file() else _mark_of_folder(path, "the tokenizer's")
+            )
         for source in recipe.sources:
             if source.path is not None:
-                paths = [Path(name) for name in glob.glob(source.path)]
-                if not paths:
-                    raise RequestError(
-                        source.path,
-                        f"no such file, and source {source.name} needs one",
-                        "check the source's path (a relative one begins at the recipe's folder)",
-                    )
-                found[source.name] = _mark(paths)
+                found[source.name] = _mark(files_of(source))
     base = getattr(recipe, "source", None) or getattr(recipe, "init", None) or ""
     if base.startswith("hf:/"):
         found["base"] = _mark_of_folder(Path(base.removeprefix("hf:")), "the base model's")

@@ -111,6 +111,11 @@ class RunFolder:
         return self.tokens / source
 
     @property
+    def shards(self) -> Path:
+        """Tokens in the making; gone when they are made."""
+        return self.root / "shards"
+
+    @property
     def index_cache(self) -> Path:
         """Where megatron-core keeps the sample order of a blend."""
         return self.root / "cache"

@@ -117,7 +117,11 @@ class Watcher:
                 f"{line['tokens_per_second']:,.0f} tokens/s  {rest}"
             )
         elif "doing" in line:
-            self.text = f"{line['doing']} ({line['done']}/{line['total']})"
+            left = (line["total"] - line["done"]) * line["seconds"] / max(line["done"], 1)
+            self.text = (
+                f"{line['doing']} {line['done']}/{line['total']}  {line['tokens']:,} tokens  "
+                f"{line['tokens'] / max(line['seconds'], 1e-9):,.0f} tokens/s  {clock(left)} left"
+            )
 
 
 def console() -> Console:

@@ -64,10 +64,10 @@ def convert_base(base: Path, model: Model, checkpoint: Path, recipe_file: str) -
 
 def check_tokenizers(base: Path, tokenizer: str | None, recipe_file: str) -> None:
     """Refuse data whose tokenizer is not the base's."""
-    if tokenizer is None or not (base / "tokenizer.json").exists():
+    if tokenizer is None or not tokenizers.is_there(base):
         return
     there, here = tokenizers.read(base), tokenizers.read(Path(tokenizer))
-    if there.backend.get_vocab() != here.backend.get_vocab():
+    if not there.agrees_with(here):
         raise RequestError(
             f"{recipe_file}: tokenizer",
             f"{tokenizer} ({here.size} pieces) is not the tokenizer of the base {base} "
