@@ -247,10 +247,14 @@ INCOMPLETE = "style WSD needs decay_steps and decay_style"
         ({"style": "WSD"}, INCOMPLETE),
         (WSD | {"decay_steps": None}, INCOMPLETE),
         (WSD | {"decay_style": None}, INCOMPLETE),
-        ({"decay_steps": 5}, "decay_steps and decay_style belong to WSD, not to cosine"),
+        *(({"style": style, "decay_steps": 5}, None) for style in ("linear", "cosine")),
+        (
+            {"style": "constant", "decay_steps": 5},
+            "decay_steps says how long a decay takes, and constant has none",
+        ),
         (
             {"style": "linear", "decay_style": "linear"},
-            "decay_steps and decay_style belong to WSD, not to linear",
+            "decay_style belongs to WSD, not to linear",
         ),
     ],
 )

@@ -45,6 +45,14 @@ STYLES: dict[str, tuple[Schedule, Callable[[int], float]]] = {
         Schedule(style="cosine", warmup_steps=WARMUP),
         lambda step: 0.5 * (1 + math.cos(math.pi * after_warmup(step))),
     ),
+    "linear, shorter than the run": (
+        Schedule(style="linear", warmup_steps=WARMUP, decay_steps=DECAY),
+        lambda step: max(0.0, 1 - (step - WARMUP) / DECAY),
+    ),
+    "cosine, shorter than the run": (
+        Schedule(style="cosine", warmup_steps=WARMUP, decay_steps=DECAY),
+        lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, (step - WARMUP) / DECAY))),
+    ),
     "WSD minus_sqrt": (
         Schedule(style="WSD", warmup_steps=WARMUP, decay_steps=DECAY, decay_style="minus_sqrt"),
         lambda step: 1 - math.sqrt(decayed(step)),

@@ -118,6 +118,8 @@ def test_a_plan_of_another_version_is_refused_by_its_field(tmp_path: Path) -> No
         (["fp8=delayed", "precision=fp32"], {"gpus": 1}, "delayed goes with precision bf16"),
         (["schedule.warmup_steps=320"], {}, "320 are not fewer than the run's 320 steps"),
         (["schedule.decay_steps=319"], {}, "319 and 10 of warm-up are more than the run's 320"),
+        (["schedule={style: linear, decay_style: null, decay_steps: 311}"], {},
+         "311 and 10 of warm-up are more than the run's 320"),
         (["mix={nothing: 2.0}"], {}, "mix.nothing: names no source of the data"),
     ],
 )  # fmt: skip

@@ -231,7 +231,12 @@ class Optimizer(Strict):
 
 
 class Schedule(Strict):
-    """How the learning rate moves: warm-up, then `style`, over the whole run."""
+    """How the learning rate moves: warm-up, then `style`.
+
+    `decay_steps` is how many steps the decay takes. With WSD they are the run's last ones; with
+    linear and cosine they follow the warm-up, and min_lr after them (without it: to the end of
+    the run).
+    """
 
     style: Literal["constant", "linear", "cosine", "WSD"] = "cosine"
     warmup_steps: NonNegative = 0
@@ -239,12 +244,13 @@ class Schedule(Strict):
     decay_style: Literal["minus_sqrt", "linear", "cosine", "exponential"] | None = None
 
     @model_validator(mode="after")
-    def _wsd_is_complete(self) -> Schedule:
-        wsd = (self.decay_steps, self.decay_style)
-        if self.style == "WSD" and None in wsd:
+    def _decay_fits_the_style(self) -> Schedule:
+        if self.style == "WSD" and None in (self.decay_steps, self.decay_style):
             raise ValueError("style WSD needs decay_steps and decay_style")
-        if self.style != "WSD" and wsd != (None, None):
-            raise ValueError(f"decay_steps and decay_style belong to WSD, not to {self.style}")
+        if self.style != "WSD" and self.decay_style is not None:
+            raise ValueError(f"decay_style belongs to WSD, not to {self.style}")
+        if self.style == "constant" and self.decay_steps is not None:
+            raise ValueError("decay_steps says how long a decay takes, and constant has none")
         return self
 
 

@@ -51,19 +51,22 @@ def build_schedule(
 ) -> OptimizerParamScheduler:
     """The learning rate over the run, counted in samples as Megatron-LM counts it."""
     decay = settings.decay_steps
+    wsd = settings.style == "WSD"
+    # megatron-core counts the steps of a decay from the first step of the run.
+    end = settings.warmup_steps + decay if decay and not wsd else steps
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=optimizer_settings.lr,
         min_lr=optimizer_settings.min_lr,
         lr_warmup_steps=settings.warmup_steps * global_batch,
-        lr_decay_steps=steps * global_batch,
+        lr_decay_steps=end * global_batch,
         lr_decay_style=settings.style,
         start_wd=optimizer_settings.weight_decay,
         end_wd=optimizer_settings.weight_decay,
         wd_incr_steps=steps * global_batch,
         wd_incr_style="constant",
-        wsd_decay_steps=decay * global_batch if decay else None,
+        wsd_decay_steps=decay * global_batch if decay and wsd else None,
         lr_wsd_decay_style=settings.decay_style,
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
