@@ -45,6 +45,48 @@ def test_two_processes_train_what_one_does(tanren: Tanren, single: Tanren, layou
     assert curve(tanren, "loss")[-1] < curve(tanren, "loss")[0] - 0.05
 
 
+Z_LOSS = "z_loss=0.1"
+
+
+@pytest.fixture(scope="module")
+def with_z_loss(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Tanren:
+    root = tmp_path_factory.mktemp("z-loss")
+    shutil.copytree(prepared / "tiny", root / "tiny")
+    tanren = Tanren(root)
+    done = tanren.midtrain(sets=(Z_LOSS,))
+    assert done.code == 0, done.text
+    return tanren
+
+
+def test_the_z_loss_lowers_z_and_the_loss_stays_the_cross_entropy(
+    with_z_loss: Tanren, single: Tanren
+) -> None:
+    losses, z_losses = curve(with_z_loss, "loss"), curve(with_z_loss, "z_loss")
+    # The same weights: the first two steps (at a rate of nought, then after it) are alike.
+    assert losses[:2] == pytest.approx(curve(single, "loss")[:2], rel=1e-6)
+    assert losses[2:] != pytest.approx(curve(single, "loss")[2:], rel=1e-6)
+    # 2,048 pieces at random weights: Z is about 2,048, and log²Z weighed with 0.1 about 5.8.
+    assert 4 < z_losses[0] < 8
+    assert z_losses[-1] < z_losses[0] - 0.1
+    assert curve(single, "z_loss") == []
+    log = (with_z_loss.folder() / "log" / "1.log").read_text()
+    assert f"loss {losses[0]:.4f}  z-loss {z_losses[0]:.4f}" in log
+
+
+@pytest.mark.parametrize(
+    "layout", [LAYOUTS["tensor"], ("layout.pipeline=2", "layout.data=2", "micro_batch=2")]
+)
+def test_the_z_loss_is_the_same_in_every_layout(
+    tanren: Tanren, with_z_loss: Tanren, layout: tuple[str, ...]
+) -> None:
+    done = tanren.midtrain(sets=(*layout, Z_LOSS))
+    assert done.code == 0, done.text
+    for key in ("loss", "z_loss", "held_out_loss", "grad_norm"):
+        mine, theirs = curve(tanren, key), curve(with_z_loss, key)
+        assert len(mine) == len(theirs) > 1
+        assert mine == pytest.approx(theirs, rel=2e-5), key
+
+
 @pytest.mark.parametrize(
     ("first", "second"), [("tensor", "pipeline"), ("data", "tensor"), ("pipeline", "data")]
 )

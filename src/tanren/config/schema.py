@@ -304,7 +304,11 @@ class Measured(Strict):
 
 
 class Midtrain(Strict):
-    """Continued pre-training of a base on a mix of sources."""
+    """Continued pre-training of a base on a mix of sources.
+
+    `z_loss` times the mean of log²Z joins the loss that is trained on (PaLM: 1.0e-4); the loss
+    that is reported stays the cross-entropy.
+    """
 
     model: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     init: Base
@@ -320,6 +324,7 @@ class Midtrain(Strict):
     fp8: Literal["none", "tensorwise", "delayed", "blockwise"] = "none"
     optimizer: Optimizer
     schedule: Schedule = Schedule()
+    z_loss: NonNegativeFloat = 0.0
     layout: Layout = Layout()
     checkpoints: Checkpointing
     evaluation: Evaluation | None = None

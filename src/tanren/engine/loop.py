@@ -81,6 +81,17 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
+class Means:
+    """What the ranks found together: means over the tokens that counted, in nats."""
+
+    loss: float
+    # None without z-loss.
+    z_loss: float | None
+    # Whether any rank was asked to stop.
+    stop: bool
+
+
+@dataclass(frozen=True)
 class Outcome:
     """How a call of `train` ended. `stopped` names the signal that ended it early."""
 
@@ -152,22 +163,22 @@ def train(
             began = time.perf_counter()
             rate = float(state.optimizer.param_groups[0]["lr"])
             try:
-                loss, grad_norm, stopping = _step(state, data, budget, device, stop)
+                means, grad_norm = _step(state, data, budget, device, stop)
             except WorkError:
                 # Every rank is here alike: the checkpoint that is being written is still whole.
                 saver.close()
                 raise
             state.iteration += 1
             seconds = time.perf_counter() - began
-            _record(state, budget, metrics, loss, rate, grad_norm, seconds, device)
+            _record(state, budget, metrics, means, rate, grad_norm, seconds, device)
             saver.poll()
             if held_out and held_out.every_steps and state.iteration % held_out.every_steps == 0:
                 _measure(state, held_out, budget, device, metrics)
-            if state.iteration % save_every == 0 or state.iteration == budget.steps or stopping:
+            if state.iteration % save_every == 0 or state.iteration == budget.steps or means.stop:
                 saved = _save(state, saver, metrics)
             if state.iteration % 50 == 0:
                 gc.collect()
-            if stopping:
+            if means.stop:
                 break
         saver.close()
     except BaseException:
@@ -199,8 +210,8 @@ def _step(
     budget: Budget,
     device: torch.device,
     stop: StopRequest,
-) -> tuple[float, float, bool]:
-    """One optimizer step: mean loss in nats a token, gradient norm, whether any rank must stop."""
+) -> tuple[Means, float]:
+    """One optimizer step: its losses and its gradient norm."""
     state.model.zero_grad_buffer()
     state.optimizer.zero_grad()
     reports = get_forward_backward_func()(
@@ -212,12 +223,12 @@ def _step(
         micro_batch_size=budget.micro_batch,
         forward_only=False,
     )
-    loss, stopping = _mean_loss(reports, device, stop.reason is not None)
-    if not math.isfinite(loss):
+    means = _means(reports, device, stop.reason is not None)
+    if not math.isfinite(means.loss):
         # Every rank has the same loss here, so every rank stops, and before the update.
         raise WorkError(
             f"step {state.iteration + 1}",
-            f"the loss is {loss}",
+            f"the loss is {means.loss}",
             "the last checkpoint is from before; lower optimizer.lr or look at the data",
         )
     _, grad_norm, _ = state.optimizer.step()
@@ -230,21 +241,24 @@ def _step(
             "the last checkpoint is from before; lower optimizer.lr or look at the data",
         )
     state.schedule.step(increment=budget.global_batch)
-    return loss, float(grad_norm), stopping
+    return means, float(grad_norm)
 
 
-def _mean_loss(
-    reports: list[torch.Tensor], device: torch.device, stopping: bool
-) -> tuple[float, bool]:
-    """The loss over the global batch, and whether any rank was asked to stop, in one reduction."""
-    total = torch.zeros(3, dtype=torch.float64, device=device)
+def _means(reports: list[torch.Tensor], device: torch.device, stop: bool) -> Means:
+    """The losses over the global batch, and whether any rank was asked to stop, in one reduction.
+
+    Args:
+        reports: of each micro batch, as `token_loss` makes them.
+    """
+    total = torch.zeros(4, dtype=torch.float64, device=device)
     # The last pipeline stage has the losses; its tensor-parallel ranks have them alike.
     if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
-        total[:2] = torch.stack(reports).double().sum(0)
-    total[2] = float(stopping)
+        total[:3] = torch.stack(reports).double().sum(0)
+    total[3] = float(stop)
     dist.all_reduce(total)
-    loss_sum, tokens, stops = total.tolist()
-    return loss_sum / tokens, stops > 0
+    loss, tokens, z_loss, stops = total.tolist()
+    # log²Z is never nought to the last bit, so that nought is what no z-loss reports.
+    return Means(loss / tokens, z_loss / tokens or None, stops > 0)
 
 
 def evaluate(
@@ -276,8 +290,7 @@ def evaluate(
             forward_only=True,
         )
     model.train()
-    loss, _ = _mean_loss(reports, device, False)
-    return loss
+    return _means(reports, device, stop=False).loss
 
 
 def _measure(
@@ -293,7 +306,7 @@ def _record(
     state: TrainingState,
     budget: Budget,
     metrics: Metrics,
-    loss: float,
+    means: Means,
     rate: float,
     grad_norm: float,
     seconds: float,
@@ -303,13 +316,17 @@ def _record(
         return
     tokens = budget.global_batch * budget.sequence_length
     values: dict[str, Any] = {
-        "loss": loss,
+        "loss": means.loss,
         "lr": rate,
         "grad_norm": grad_norm,
         "tokens": state.iteration * tokens,
         "seconds": round(seconds, 4),
         "tokens_per_second": round(tokens / seconds, 1),
     }
+    z_loss = ""
+    if means.z_loss is not None:
+        values["z_loss"] = means.z_loss
+        z_loss = f"  z-loss {means.z_loss:.4f}"
     if device.type == "cuda":
         per_gpu = tokens / seconds / dist.get_world_size()
         values |= {
@@ -319,10 +336,11 @@ def _record(
         }
     metrics.write(state.iteration, values)
     logger.info(
-        "step %d/%d  loss %.4f  lr %.3g  grad norm %.3f  %.0f tokens/s",
+        "step %d/%d  loss %.4f%s  lr %.3g  grad norm %.3f  %.0f tokens/s",
         state.iteration,
         budget.steps,
-        loss,
+        means.loss,
+        z_loss,
         rate,
         grad_norm,
         values["tokens_per_second"],

@@ -13,7 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from tanren.config.schema import Layout, Model
-from tanren.engine.loss import hide_padding
+from tanren.engine.loss import cross_entropy_and_log_z, hide_padding
 
 FP8_RECIPES = {"tensorwise": "tensorwise", "delayed": "delayed", "blockwise": "blockwise"}
 
@@ -93,9 +93,13 @@ def _layers(config: TransformerConfig) -> Any:
 
 
 class Llama(GPTModel):
-    """GPTModel whose loss does not see the rows that only pad the vocabulary."""
+    """GPTModel whose loss does not see the rows that only pad the vocabulary.
 
-    def __init__(self, shape: Model, config: TransformerConfig) -> None:
+    Args:
+        z_loss: what log²Z of each token is weighed with; 0 leaves it out.
+    """
+
+    def __init__(self, shape: Model, config: TransformerConfig, z_loss: float = 0.0) -> None:
         super().__init__(
             config=config,
             transformer_layer_spec=_layers(config),
@@ -108,7 +112,7 @@ class Llama(GPTModel):
             position_embedding_type="rope",
             rotary_base=shape.rotary_base,
         )
-        self.shape = shape
+        self.shape, self.z_loss = shape, z_loss
         scaling = shape.rope_scaling
         if scaling is not None:
             # megatron-core passes on the factor alone; the other three are the recipe's as well.
@@ -124,21 +128,28 @@ class Llama(GPTModel):
     def compute_language_model_loss(
         self, labels: torch.Tensor, logits: torch.Tensor
     ) -> torch.Tensor:
-        """Cross-entropy of each token, [batch, sequence], over the real vocabulary.
+        """Cross-entropy of each token over the real vocabulary.
 
         Args:
             labels: [batch, sequence].
             logits: [sequence, batch, padded vocabulary / tensor parallel].
+        Returns:
+            [batch, sequence]; with z-loss [2, batch, sequence], cross-entropy and z-loss.
         """
         hide_padding(
             logits, self.shape.vocabulary_size, parallel_state.get_tensor_model_parallel_rank()
         )
-        return super().compute_language_model_loss(labels, logits)
+        if not self.z_loss:
+            return super().compute_language_model_loss(labels, logits)
+        losses, log_z = cross_entropy_and_log_z(
+            logits, labels.transpose(0, 1), parallel_state.get_tensor_model_parallel_group()
+        )
+        return torch.stack([losses, self.z_loss * log_z.square()]).transpose(1, 2)
 
 
-def build(shape: Model, config: TransformerConfig) -> Llama:
+def build(shape: Model, config: TransformerConfig, z_loss: float = 0.0) -> Llama:
     """This rank's part of the model, on its device."""
-    model = Llama(shape, config)
+    model = Llama(shape, config, z_loss)
     return model.cuda()
 
 

@@ -120,7 +120,7 @@ def _state(plan: MidtrainPlan) -> TrainingState:
         precision=plan.precision,
         fp8=recipe.fp8,
     )
-    model = models.wrap_for_training(models.build(plan.model, config))
+    model = models.wrap_for_training(models.build(plan.model, config, recipe.z_loss))
     optimizer = build_optimizer(recipe.optimizer, model, precision=plan.precision)
     schedule = build_schedule(
         recipe.schedule, recipe.optimizer, optimizer,
