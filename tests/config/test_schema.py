@@ -234,6 +234,21 @@ def test_midtrain_is_accepted(changes: dict[str, Any]) -> None:
     assert recipe == MIDTRAIN | changes
 
 
+@pytest.mark.parametrize("name", ["web", "dclm/dclm-0000-0009", "a/b/c", "v1.2_x", "a..b"])
+def test_a_sources_name_may_have_folders(name: str) -> None:
+    assert read(Source, {"name": name, "path": "x"}).name == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "/a", "a/", "a//b", "..", "a/..", "../a", "a/../b", ".", "a/./b", ".a", "a b", "a\n"],
+)
+def test_a_sources_name_stays_in_its_folder(name: str) -> None:
+    ((field, message),) = refusals(Source, {"name": name, "path": "x"})
+    assert field == "name"
+    assert message.startswith("String should match pattern")
+
+
 WSD = {"style": "WSD", "decay_steps": 5, "decay_style": "linear"}
 INCOMPLETE = "style WSD needs decay_steps and decay_style"
 

@@ -21,6 +21,9 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+_PART = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"
+# Of a source. Its token files lie in folders where the name has a /, and never outside of them.
+SOURCE_NAME = rf"^{_PART}(/{_PART})*$"
 
 
 def _one_key_mapping(value: Any) -> Any:
@@ -163,7 +166,7 @@ class Source(Strict):
     behind help() (`topics`), or the docstrings of the standard library (`docstrings`).
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    name: Annotated[str, Field(pattern=SOURCE_NAME)]
     path: str | None = None
     python_documentation: Literal["topics", "docstrings"] | None = None
     text_key: str = "text"

@@ -1,18 +1,13 @@
 """Megatron's .bin/.idx token files, byte-identical to what its own builder writes.
 
-Layout of .idx (little endian): the magic, version 1 (u64), the type code (u8), the number of
-sequences (u64), the number of document marks (u64), then lengths (i32), byte offsets (i64) and
-document marks (i64). Here every document is one sequence. (megatron-core 0.16.1,
-datasets/indexed_dataset.py)
+Their layout is in `tanren.tokenfiles`. Here every document is one sequence.
 """
 
 from __future__ import annotations
 
 import shutil
-import struct
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +16,25 @@ import numpy.typing as npt
 
 from tanren.config.errors import RequestError
 from tanren.plan.paths import PARTIAL
+from tanren.tokenfiles import (
+    AGAIN,
+    HEADER,
+    HEADER_BYTES,
+    MAGIC,
+    Counts,
+    bin_path,
+    count,
+    idx_path,
+)
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<QBQQ")
+__all__ = ["Counts", "Writer", "bin_path", "check", "idx_path", "join", "token_type", "write"]
+
 _TYPES: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
-
-
-def bin_path(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + ".bin")
-
-
-def idx_path(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + ".idx")
 
 
 def token_type(vocabulary_size: int) -> np.dtype[Any]:
     """Megatron's rule: two bytes a token under 65,500 pieces, else four."""
     return _TYPES[8] if vocabulary_size < 65500 else _TYPES[4]
-
-
-@dataclass(frozen=True)
-class Counts:
-    documents: int
-    tokens: int
 
 
 class Writer:
@@ -83,8 +74,8 @@ def _write_index(
     code = next(code for code, known in _TYPES.items() if known == dtype)
     documents = sum(len(part) for part in parts)
     with _partial(idx_path(prefix)).open("wb") as file:
-        file.write(_MAGIC)
-        file.write(_HEADER.pack(1, code, documents, documents + 1))
+        file.write(MAGIC)
+        file.write(HEADER.pack(1, code, documents, documents + 1))
         for part in parts:
             file.write(part.astype("<i4", copy=False).tobytes())
         offset = 0
@@ -125,13 +116,12 @@ def join(
 
 def _lengths(prefix: Path) -> npt.NDArray[np.int32]:
     """The lengths of a pair's documents, mapped and not read."""
-    path = idx_path(prefix)
-    head = len(_MAGIC) + _HEADER.size
-    with path.open("rb") as file:
-        count = _HEADER.unpack(file.read(head)[len(_MAGIC) :])[2]
-    if not count:
+    documents = count(prefix).documents
+    if not documents:
         return np.zeros(0, dtype=np.int32)
-    return np.memmap(path, dtype="<i4", mode="r", offset=head, shape=(count,))
+    return np.memmap(
+        idx_path(prefix), dtype="<i4", mode="r", offset=HEADER_BYTES, shape=(documents,)
+    )
 
 
 def _copy_into(whole: Path, part: Path, start: int) -> None:
@@ -150,30 +140,14 @@ def check(prefix: Path) -> Counts:
     Raises:
         RequestError: a file is missing, truncated, or not Megatron's.
     """
-    again = "make the tokens again: remove the preprocess run folder and run make preprocess"
-    idx, tokens = idx_path(prefix), bin_path(prefix)
-    for path in (idx, tokens):
-        if not path.is_file():
-            raise RequestError(path, "is missing", again)
-    size = idx.stat().st_size
-    with idx.open("rb") as file:
-        head = file.read(len(_MAGIC) + _HEADER.size)
-        if not head.startswith(_MAGIC) or len(head) < len(_MAGIC) + _HEADER.size:
-            raise RequestError(idx, "is not a Megatron index (its first bytes differ)", again)
-        version, code, sequences, marks = _HEADER.unpack(head[len(_MAGIC) :])
-        if version != 1:
-            raise RequestError(idx, f"is version {version}; known is 1", again)
-        if code not in _TYPES:
-            raise RequestError(idx, f"holds tokens of type {code}; known are 4 and 8", again)
-        expected = len(head) + sequences * (4 + 8) + marks * 8
-        if size != expected:
-            raise RequestError(idx, f"has {size} bytes, and its header says {expected}", again)
-        lengths = np.fromfile(file, dtype="<i4", count=sequences)
+    counts, idx = count(prefix), idx_path(prefix)
+    lengths = np.fromfile(idx, dtype="<i4", count=counts.documents, offset=HEADER_BYTES)
     total = int(lengths.sum(dtype=np.int64))
-    wanted, found = total * _TYPES[code].itemsize, tokens.stat().st_size
-    if wanted != found:
-        raise RequestError(tokens, f"has {found} bytes, and its index says {wanted}", again)
-    return Counts(int(sequences), total)
+    if total != counts.tokens:
+        raise RequestError(
+            idx, f"has lengths of {total} tokens, and {counts.tokens} by its offsets", AGAIN
+        )
+    return counts
 
 
 def write(prefix: Path, documents: Iterable[Sequence[int]], vocabulary_size: int) -> Counts:
