@@ -14,7 +14,7 @@ from tests.conftest import RECIPES, REPOSITORY, Tanren
 STAGES = ("preprocess", "convert", "midtrain", "export")
 
 
-@pytest.mark.parametrize("verb", [*STAGES, "plan"])
+@pytest.mark.parametrize("verb", [*STAGES, "plan", "mix"])
 def test_help_ends_with_an_example_that_plans(bare: Tanren, verb: str) -> None:
     done = bare(verb, "--help")
     assert done.code == 0

@@ -155,6 +155,31 @@ def plan(
         raise refusal
 
 
+@app.command(epilog="Example: bin/tanren mix recipes/tiny/midtrain.yaml --set mix.max_epochs=2")
+def mix(
+    recipe: RecipeFile, variant: Variant = None, set_: Sets = None,
+    counts: Annotated[
+        Optional[Path],
+        typer.Option("--counts", help="a table of NAME<TAB>TOKENS in place of the data's counts"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:  # fmt: skip
+    """Print what a recipe's mix takes of each source, also before there is data."""
+    from tanren.launch.mix import compile_mix
+    from tanren.report import mix as table
+    from tanren.report import terminal
+
+    order = _order(recipe, variant, None, set_, None, None, None, None, None, None, None)
+    read, mixture, notes = compile_mix(order, counts)
+    screen = terminal.console()
+    if as_json:
+        screen.print(table.as_json(mixture, read, notes), markup=False)
+        return
+    table.print_mix(mixture, read, screen)
+    for note in notes:
+        screen.print(f"note: {note}", markup=False)
+
+
 image = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Container images.")
 app.add_typer(image, name="image")
 ImageName = Annotated[
@@ -295,6 +320,8 @@ def _stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
         terminal.summary(planned, screen)
         return ()
     submit.refuse_missing(order, request)
+    for note in planned.notes:
+        screen.print(f"note: {note}", markup=False, highlight=False)
     submit.check_disk(planned)
     inside = submit.container_for(order, request)
     if inside is None:

@@ -40,8 +40,8 @@ sources:
     python_documentation: topics
 """
 FIELDS = (
-    "model, init, data, mix, split, sequence_length, global_batch, micro_batch, steps, tokens, "
-    "precision, fp8, optimizer, schedule, z_loss, layout, checkpoints, evaluation, seed, job, "
+    "model, init, data, mix, resume, split, sequence_length, global_batch, micro_batch, steps, "
+    "tokens, precision, fp8, optimizer, schedule, z_loss, layout, checkpoints, evaluation, seed, job, "
     "measured"
 )
 OPTIMIZER = "lr, min_lr, beta1, beta2, epsilon, weight_decay, clip_grad"
@@ -147,7 +147,11 @@ def test_every_recipe_of_the_repository_is_read() -> None:
         ("steps: 320", "---", "midtrain.yaml:7: not YAML: but found another document"),
         ("model: tiny\n", "", "midtrain.yaml:2: model: is missing"),
         ("  lr: 3.0e-3\n", "", "midtrain.yaml:8: optimizer.lr: is missing"),
-        ("steps: 320\n", "", "midtrain.yaml:2: state exactly one of steps, tokens"),
+        (
+            "steps: 320",
+            "steps: 320\ntokens: 9",
+            "midtrain.yaml:2: state only one of steps, tokens",
+        ),
         (
             "beta2: 0.99",
             "min_lr: 1.0",
@@ -387,7 +391,7 @@ def test_a_mistake_is_placed_in_the_file_that_makes_it(
         ("layout={tensor: 2, sequence_parallel: true}", 2),
         ("model=llmjp4-8b", "llmjp4-8b"),
         ("init=hf:a=b", "hf:a=b"),
-        ("mix.wiki=2", 2.0),
+        ("mix.ratios.wiki=2", 2.0),
         ("evaluation=null", None),
         ("evaluation=", None),
     ],
@@ -401,7 +405,7 @@ def test_set_changes_one_field(folder: Folder, assignment: str, value: object) -
     found: dict[str, list[Any]] = {
         "steps": [recipe.steps], "optimizer": [recipe.optimizer.lr], "model": [recipe.model],
         "layout": [recipe.layout.tensor], "init": [recipe.init],
-        "mix": list((recipe.mix or {}).values()), "evaluation": [recipe.evaluation],
+        "mix": list((recipe.mix.ratios or {}).values()), "evaluation": [recipe.evaluation],
     }  # fmt: skip
     assert value in found[changed]
     assert recipe.optimizer.beta2 == 0.99, "what stands beside the field stays"
@@ -626,11 +630,11 @@ def test_a_mistake_inside_a_set_value(folder: Folder, assignment: str, message: 
 
 
 def test_names_of_sources_are_what_is_written(folder: Folder) -> None:
-    mix = "{no: 1, 2024_01: 1, 1.10: 1}"
+    mix = "{ratios: {no: 1, 2024_01: 1, 1.10: 1}}"
     names = ["no", "2024_01", "1.10"]
-    assert list(folder.midtrain(f"mix={mix}").mix or {}) == names
+    assert list(folder.midtrain(f"mix={mix}").mix.ratios or {}) == names
     folder.write(midtrain=MIDTRAIN + f"mix: {mix}\n")
-    assert list(folder.midtrain().mix or {}) == names
+    assert list(folder.midtrain().mix.ratios or {}) == names
 
 
 def test_a_replaced_list_forgets_the_lines_of_the_old_one(folder: Folder) -> None:

@@ -191,8 +191,13 @@ def test_data_is_a_stage(data: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "field", "message"),
     [
-        ({"tokens": 100}, "", "state exactly one of steps, tokens"),
-        ({"steps": None}, "", "state exactly one of steps, tokens"),
+        ({"tokens": 100}, "", "state only one of steps, tokens"),
+        (
+            {"steps": None, "mix": {"shares": {"web": 1.0}}},
+            "",
+            "mix.shares are of a whole: state steps or tokens",
+        ),
+        ({"resume": "scratch"}, "resume", "Input should be 'same-data' or 'new-data'"),
         ({"split": "0,1,1"}, "", "split 0,1,1 leaves nothing to train on"),
         (
             {"split": "9,0,1", "evaluation": {"sequences": 1}},
@@ -206,7 +211,23 @@ def test_data_is_a_stage(data: object) -> None:
         ),
         ({"split": "9,1"}, "split", "String should match pattern '^\\d+,\\d+,\\d+$'"),
         ({"model": "a/b"}, "model", "String should match pattern '^[A-Za-z0-9._-]+$'"),
-        ({"mix": {"wiki": 0}}, "mix.wiki", "Input should be greater than 0"),
+        (
+            {"mix": {"ratios": {"wiki": -1}}},
+            "mix.ratios.wiki",
+            "Input should be greater than or equal to 0",
+        ),
+        ({"mix": {"max_epochs": 0}}, "mix.max_epochs", "Input should be greater than 0"),
+        (
+            {"mix": {"ratios": {"a": 1}, "shares": {"a": 1}}},
+            "mix",
+            "state only one of ratios, shares",
+        ),
+        ({"mix": {"shares": {"a": 0.7, "b": 0.2}}}, "mix", "the shares add up to 0.9, not to 1"),
+        (
+            {"mix": {"shares": {"a": 0.7, "b": 0.300002}}},
+            "mix",
+            "the shares add up to 1.000002, not to 1",
+        ),
         ({"steps": "10"}, "steps", "Input should be a valid integer"),
         ({"steps": True}, "steps", "Input should be a valid integer"),
         ({"precision": "fp16"}, "precision", "Input should be 'auto', 'bf16' or 'fp32'"),
@@ -222,11 +243,15 @@ def test_midtrain_is_refused(changes: dict[str, Any], field: str, message: str) 
     "changes",
     [
         {"steps": None, "tokens": 100},
+        {"steps": None},
+        {"resume": "new-data"},
         {"split": "1,0,0"},
         {"split": "9,1,0", "evaluation": {"sequences": 1}},
         {"optimizer": {"lr": 0.5, "min_lr": 0.5}},
         {"optimizer": {"lr": 1}},
-        {"mix": {"wiki": 1, "code": 0.5}},
+        {"mix": {"ratios": {"wiki": 1, "code*": 0}, "max_epochs": 4, "counts": "counts.tsv"}},
+        {"mix": {"shares": {"wiki": 0.7, "code": 0.1, "math": 0.2}}},
+        {"mix": {"shares": {"wiki": 0.3333333, "code": 0.6666666, "math": 0}}},
     ],
 )
 def test_midtrain_is_accepted(changes: dict[str, Any]) -> None:

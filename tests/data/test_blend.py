@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from tanren.data import blend, indexed
 from tanren.data.blend import Batch, Blend, MicroBatches
-from tanren.plan.batch import SourceShare
+from tanren.plan.mix import SourceShare
 
 SEQUENCE = 16
 SAMPLES = 80
@@ -45,8 +45,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[SourceShare, ...]
         documents = [[number] * 39 + [EOD] for number in range(first, first + 100)]
         tokens = indexed.write(folder / name, documents, 3000).tokens
         shares.append(
-            SourceShare(name=name, prefix=str(folder / name), tokens=tokens, ratio=1.0,
-                        weight=WEIGHTS[name], epochs=1.0)
+            SourceShare(name=name, prefix=str(folder / name), tokens=tokens, stated=1.0,
+                        pattern=None, used=tokens, weight=WEIGHTS[name], epochs=1.0)
         )  # fmt: skip
     return tuple(shares)
 
@@ -55,6 +55,7 @@ def build(sources: tuple[SourceShare, ...], cache: Path, **changes: Any) -> Blen
     request: dict[str, Any] = {
         "split": "90,10,0", "sequence_length": SEQUENCE, "train_samples": SAMPLES,
         "held_out_samples": 8, "seed": 5, "tokenizer": blend.DatasetTokenizer(3000, EOD),
+        "data": "first",
     }  # fmt: skip
     return blend.build(sources, cache=cache, **(request | changes))
 
@@ -171,8 +172,12 @@ def test_a_finished_cache_is_kept(sources: tuple[SourceShare, ...], tmp_path: Pa
     cache = tmp_path / "cache"
     build(sources, cache)
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.npy")}
+    assert before
     build(sources, cache)
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.npy")} == before
+    build(sources, cache, data="made again under the same names")
+    after = {path: path.stat().st_mtime_ns for path in cache.rglob("*.npy")}
+    assert all(after[path] > before[path] for path in before)
 
 
 @pytest.mark.parametrize(("micro", "ranks"), [(4, 1), (1, 2), (2, 4), (8, 1)])

@@ -11,7 +11,7 @@ import pytest
 from tanren.config.errors import RequestError
 from tanren.config.load import read_recipe
 from tanren.config.schema import Convert, Midtrain, Preprocess
-from tanren.launch.inputs import marks, with_absolute_paths
+from tanren.launch.inputs import counts, marks, read_counts, with_absolute_paths
 from tests.conftest import RECIPES
 
 
@@ -91,3 +91,37 @@ def test_a_tokenizer_and_a_base_have_marks(tmp_path: Path) -> None:
 def test_a_base_that_is_not_there_is_refused_at_once(tmp_path: Path, init: str) -> None:
     with pytest.raises(RequestError, match="there is no such folder"):
         marks(with_absolute_paths(midtrain(init), tmp_path))
+
+
+def test_a_table_of_counts_lies_beside_its_recipe(tmp_path: Path) -> None:
+    text = "# tokens by source\n\nweb\t1000\ndclm/dclm-0000\t33257644821\n"
+    (tmp_path / "counts.tsv").write_text(text)
+    _, recipe = read_recipe(RECIPES / "midtrain.yaml", None, ["mix.counts=counts.tsv"])
+    found = with_absolute_paths(recipe, tmp_path)
+    assert counts(found) == {"web": 1_000, "dclm/dclm-0000": 33_257_644_821}
+    assert counts(with_absolute_paths(midtrain("scratch"), tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "problem"),
+    [
+        ("web 1000\n", ":1", "'web 1000' is not NAME<TAB>TOKENS"),
+        ("# a\nweb\t1,000\n", ":2", "'web\\t1,000' is not NAME<TAB>TOKENS"),
+        ("web\t-1\n", ":1", "'web\\t-1' is not NAME<TAB>TOKENS"),
+        ("web\t\n", ":1", "'web\\t' is not NAME<TAB>TOKENS"),
+        ("../web\t1\n", ":1", "'../web\\t1' is not NAME<TAB>TOKENS"),
+        ("web\t1\nmath\t2\n\nweb\t3\n", ":4", "counts web twice"),
+        ("# nothing\n", "", "counts nothing"),
+        (None, "", "cannot be read: No such file or directory"),
+    ],
+)
+def test_a_mistake_in_a_table_is_named_by_its_line(
+    tmp_path: Path, text: str | None, place: str, problem: str
+) -> None:
+    table = tmp_path / "counts.tsv"
+    if text is not None:
+        table.write_text(text)
+    with pytest.raises(RequestError) as refused:
+        read_counts(table)
+    assert (refused.value.place, refused.value.problem) == (f"{table}{place}", problem)
+    assert refused.value.next_step

@@ -152,6 +152,21 @@ def test_too_small_a_disk_is_said_before_anything_is_submitted(
     submit.check_disk(make_plan(submit.read_request(few)))
 
 
+def test_a_length_that_follows_from_the_mix_needs_counts_before_there_is_data(
+    empty: Cluster, tmp_path: Path
+) -> None:
+    follows = ("steps=null", "mix.max_epochs=3")
+    refused = empty.midtrain("--needs", sets=follows)
+    assert refused.code == 2
+    assert "the data that they follow from is not there" in refused.err
+    assert not empty.queue.exists(), "nothing was submitted"
+    (tmp_path / "counts.tsv").write_text("reference\t1000000\n")
+    sent = empty.midtrain("--needs", sets=(*follows, f"mix.counts={tmp_path / 'counts.tsv'}"))
+    assert sent.code == 0, sent.text
+    assert "preprocess has not run" in sent.out
+    assert len(empty.jobs) == 3
+
+
 def test_the_same_command_again_submits_nothing(cluster: Cluster) -> None:
     assert cluster.midtrain().code == 0
     again = cluster.midtrain()

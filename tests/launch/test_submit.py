@@ -39,10 +39,10 @@ def finish(task: Path, stage: str, result: dict[str, object], *products: str) ->
 
 def finish_preprocess(task: Path) -> RunFolder:
     sources = [
-        {"name": "reference", "tokens": 9_000, "documents": 90},
-        {"name": "docstrings", "tokens": 9_000, "documents": 90},
+        {"name": "reference", "tokens": 900_000, "documents": 90},
+        {"name": "docstrings", "tokens": 900_000, "documents": 90},
     ]
-    result: dict[str, object] = {"sources": sources, "tokens": 18_000, "vocabulary_size": 2048}
+    result: dict[str, object] = {"sources": sources, "tokens": 1_800_000, "vocabulary_size": 2048}
     return finish(task, "preprocess", result, "tokens", "tokenizer")
 
 

@@ -1,4 +1,4 @@
-"""Batch and mix arithmetic."""
+"""Batch arithmetic."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 from tanren.config.errors import RequestError
 from tanren.config.schema import Checkpointing, Evaluation, Layout, Midtrain, Optimizer
 from tanren.plan.batch import (
-    SourceCount,
     ceil_div,
     check_divides,
     data_parallel_size,
     make_batch,
-    make_mix,
+    stated_steps,
 )
 
 RECIPE = Midtrain(
@@ -29,7 +28,7 @@ def changed(**fields: object) -> Midtrain:
 
 
 def test_a_published_run_has_its_published_tokens() -> None:
-    batch = make_batch(RECIPE, 8, "r")
+    batch = make_batch(RECIPE, 8, "r", steps=500)
     assert (batch.accumulation, batch.tokens_per_step, batch.tokens) == (
         64,
         2_097_152,
@@ -44,7 +43,7 @@ def test_a_published_run_has_its_published_tokens() -> None:
 def test_tokens_become_steps_rounded_up(tokens: int, iterations: int) -> None:
     """The budgets of the v4 midtraining: 8192 x 1024 tokens a step."""
     recipe = changed(tokens=tokens, steps=None, sequence_length=8192, global_batch=1024)
-    assert make_batch(recipe, 8, "r").steps == iterations
+    assert stated_steps(recipe) == iterations
 
 
 @given(a=st.integers(0, 10**15), b=st.integers(1, 10**9))
@@ -60,7 +59,7 @@ def test_a_batch_that_does_not_divide_names_the_nearest(
     batch: int, data: int, micro: int, advice: str
 ) -> None:
     with pytest.raises(RequestError) as refused:
-        make_batch(changed(global_batch=batch, micro_batch=micro), data, "dpo.yaml")
+        make_batch(changed(global_batch=batch, micro_batch=micro), data, "dpo.yaml", steps=1)
     assert refused.value.text() == (
         f"dpo.yaml: global_batch: {batch} is not a multiple of {data * micro} "
         f"(data parallel {data} x micro_batch {micro}).\n  next: {advice}"
@@ -102,46 +101,3 @@ def test_a_layout_that_the_gpus_cannot_hold_is_refused(layout: Layout, message: 
     with pytest.raises(RequestError) as refused:
         data_parallel_size(layout, 8, "r")
     assert message in refused.value.text()
-
-
-def test_sources_weigh_their_tokens_times_their_ratio() -> None:
-    counts = (SourceCount("web", "/web", 3_000, 30), SourceCount("math", "/math", 1_000, 10))
-    web, math = make_mix(counts, {"math": 2.0}, "80,20,0", 4_000, "r", held_out=True)
-    assert (web.weight, math.weight) == (pytest.approx(0.6), pytest.approx(0.4))
-    # 2,400 tokens of web's training part of 2,400; 1,600 of math's 800.
-    assert (web.epochs, math.epochs) == (pytest.approx(1.0), pytest.approx(2.0))
-
-
-def test_a_ratio_for_no_source_is_refused() -> None:
-    with pytest.raises(RequestError) as refused:
-        make_mix((SourceCount("web", "/web", 5, 1),), {"wbe": 1.0}, "1,0,0", 5, "r", held_out=False)
-    assert refused.value.text() == (
-        "r: mix.wbe: names no source of the data.\n  next: the sources are web"
-    )
-
-
-@pytest.mark.parametrize(
-    ("documents", "split", "held_out", "problem"),
-    [
-        (
-            100,
-            "998,1,1",
-            True,
-            "998,1,1 leaves none of the 100 documents of source web to hold out",
-        ),
-        (100, "998,1,1", False, None),
-        (1000, "998,1,1", True, None),
-        (4, "1,99,0", False, "1,99,0 leaves none of the 4 documents of source web to train on"),
-    ],
-)
-def test_a_split_without_documents_is_refused(
-    documents: int, split: str, held_out: bool, problem: str | None
-) -> None:
-    counts = (SourceCount("web", "/web", 9_000, documents),)
-    if problem is None:
-        make_mix(counts, None, split, 100, "r", held_out=held_out)
-        return
-    with pytest.raises(RequestError) as refused:
-        make_mix(counts, None, split, 100, "r", held_out=held_out)
-    assert refused.value.place == "r: split"
-    assert refused.value.problem == problem

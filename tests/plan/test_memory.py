@@ -96,7 +96,7 @@ def test_the_table_in_the_docs_is_the_formulas() -> None:
 
 def refused(*sets: str, gpu: Gpu = H200, gpus: int = 1) -> RequestError:
     wanted = recipe(*sets)
-    batch = make_batch(wanted, gpus // wanted.layout.model_parallel, "here")
+    batch = make_batch(wanted, gpus // wanted.layout.model_parallel, "here", steps=1)
     with pytest.raises(RequestError) as error:
         check_memory(EIGHT, wanted, batch, "bf16", gpu, "recipes/x/midtrain.yaml")
     return error.value
@@ -124,7 +124,7 @@ def test_a_model_that_fits_nowhere_is_said_so() -> None:
 
 def test_the_hours_are_an_assumption_about_a_known_gpu() -> None:
     wanted = recipe("steps=500", "global_batch=512", "measured=null")
-    batch = make_batch(wanted, 8, "here")
+    batch = make_batch(wanted, 8, "here", steps=500)
     found = estimated_hours(EIGHT, wanted, batch, H200, 8)
     assert found is not None
     hours, assumption = found
@@ -137,7 +137,8 @@ def test_the_hours_are_an_assumption_about_a_known_gpu() -> None:
 def test_the_hours_of_a_recipe_that_was_measured_are_from_that() -> None:
     wanted = recipe("steps=3600", "global_batch=16")
     assert wanted.measured is not None
-    found = estimated_hours(EIGHT, wanted, make_batch(wanted, 2, "here"), Gpu("Other", 80.0), 2)
+    batch = make_batch(wanted, 2, "here", steps=3600)
+    found = estimated_hours(EIGHT, wanted, batch, Gpu("Other", 80.0), 2)
     # 3600 x 16 x 4096 tokens at 2 x 50,972 a second.
     assert found == (
         pytest.approx(0.6429, rel=0.001),

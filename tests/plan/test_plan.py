@@ -15,11 +15,13 @@ from tanren.config.errors import RequestError
 from tanren.config.load import read_model, read_recipe
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import (
+    Begun,
     Machine,
     MidtrainPlan,
     Product,
     Request,
     differences,
+    has_new_data,
     make_plan,
     read_plan,
     reference,
@@ -87,8 +89,8 @@ def test_a_base_of_a_stage_becomes_its_checkpoint() -> None:
     assert plan.start == "checkpoint:/runs/tiny/convert/checkpoints/iter_0000000"
     assert plan.hf_source == "/runs/tiny/convert/hf/base"
     assert plan.run == "/runs/tiny/midtrain"
-    assert plan.sources is not None
-    assert sum(source.weight for source in plan.sources) == pytest.approx(1)
+    assert plan.mix is not None
+    assert sum(source.weight for source in plan.mix.sources) == pytest.approx(1)
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_a_plan_of_another_version_is_refused_by_its_field(tmp_path: Path) -> No
         (["schedule.decay_steps=319"], {}, "319 and 10 of warm-up are more than the run's 320"),
         (["schedule={style: linear, decay_style: null, decay_steps: 311}"], {},
          "311 and 10 of warm-up are more than the run's 320"),
-        (["mix={nothing: 2.0}"], {}, "mix.nothing: names no source of the data"),
+        (["mix.ratios={nothing: 2.0}"], {}, "mix.ratios.nothing: names no source of the data"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(
@@ -167,10 +169,12 @@ def test_the_machine_decides_processes_and_automatic_precision(
 
 
 def test_only_what_does_not_change_the_result_may_change() -> None:
-    free = ["layout.data=2", "micro_batch=1", "checkpoints.every_steps=7", "evaluation.sequences=8"]
+    free = ["layout.data=2", "micro_batch=1", "checkpoints.every_steps=7", "evaluation.sequences=8",
+            "mix.max_epochs=2", "resume=new-data"]  # fmt: skip
     assert midtrain().settings == midtrain(*free).settings
     fixed = ["optimizer.lr=1.0e-4", "global_batch=16", "steps=321", "seed=2", "split='90,10,0'",
-             "mix={reference: 2.0}", "schedule.warmup_steps=2", "precision=bf16"]  # fmt: skip
+             "mix.ratios={reference: 1.1}", "schedule.warmup_steps=2",
+             "precision=bf16"]  # fmt: skip
     for assignment in fixed:
         assert midtrain().settings != midtrain(assignment).settings, assignment
     other_data = replace(DATA, result={**(DATA.result or {}), "identity": "other"})
@@ -214,8 +218,101 @@ def test_an_export_takes_the_newest_checkpoint_or_names_those_there() -> None:
 
 def test_without_data_the_plan_says_what_it_cannot_know() -> None:
     plan = midtrain(products={"preprocess": product("preprocess"), "convert": product("convert")})
-    assert plan.sources is None
+    assert plan.mix is None
     assert plan.start == "stage:convert"
+
+
+TABLE = {"reference": 190_000, "docstrings": 100_000}
+NO_DATA = {"preprocess": product("preprocess"), "convert": product("convert")}
+BY_THE_MIX = ("steps=null", "mix.ratios={docstrings: 0.5}", "mix.counts=counts.tsv")
+
+
+def test_a_table_of_counts_makes_a_plan_before_there_is_data() -> None:
+    plan = midtrain(*BY_THE_MIX, counts=TABLE, products=NO_DATA)
+    # (190,000 + 50,000) tokens in steps of 8 x 128.
+    assert plan.batch.steps == 235
+    assert plan.mix is not None
+    assert [source.used for source in plan.mix.sources] == [190_000, 50_000]
+    assert plan.notes == ("tokens are those of counts.tsv: preprocess has not run",)
+
+
+def test_the_datas_own_counts_win_and_a_difference_is_noted() -> None:
+    plan = midtrain(*BY_THE_MIX, counts=TABLE)
+    # (190,000 + 105,000) tokens.
+    assert plan.batch.steps == 289
+    assert plan.notes == (
+        "counts.tsv is not what preprocess counted: docstrings 100,000 there, 210,000 in the data",
+    )
+    right = {"reference": 190_000, "docstrings": 210_000}
+    assert midtrain(*BY_THE_MIX, counts=right).notes == ()
+    assert midtrain(*BY_THE_MIX).settings == midtrain(*BY_THE_MIX[:2]).settings
+
+
+def test_a_length_that_nothing_says_is_refused() -> None:
+    with pytest.raises(RequestError) as refused:
+        midtrain(*BY_THE_MIX[:2], products=NO_DATA)
+    assert refused.value.problem == (
+        "states neither steps nor tokens, and the data that they follow from is not there"
+    )
+    assert "mix.counts" in refused.value.next_step
+
+
+def test_a_run_keeps_its_length_when_its_data_was_removed() -> None:
+    before = midtrain(*BY_THE_MIX)
+    begun = Begun(before.settings, 0, 80)
+    after = midtrain(*BY_THE_MIX, counts=TABLE, products=NO_DATA, begun=begun)
+    assert after.batch.steps == before.batch.steps == 289
+    assert after.mix is None
+
+
+def goes_on(before: MidtrainPlan, iteration: int, *sets: str, **fields: Any) -> MidtrainPlan:
+    """The plan of the same run with changes, after so many steps."""
+    return midtrain(*sets, begun=Begun(before.settings, before.data_start, iteration), **fields)
+
+
+def test_new_data_begin_where_the_run_goes_on_and_the_same_data_where_they_began() -> None:
+    new, other = "resume=new-data", "mix.ratios={docstrings: 0.5}"
+    first = midtrain()
+    assert (first.data_start, goes_on(first, 80).data_start) == (0, 0)
+    assert goes_on(first, 80, new).data_start == 0
+    second = goes_on(first, 80, new, other)
+    assert (second.data_start, second.batch.steps) == (80, 320)
+    assert second.mix is not None
+    assert second.mix.tokens == (320 - 80) * 1024
+    assert goes_on(second, 160, other).data_start == 80, "kept, also without new-data"
+    assert goes_on(second, 160, new).data_start == 160, "a second change moves it"
+    assert goes_on(second, 40, other).data_start == 40, "set back to before the second data"
+    remade = replace(DATA, result={**(DATA.result or {}), "identity": "other"})
+    products = {"preprocess": remade, "convert": BASE}
+    assert goes_on(first, 80, new, products=products).data_start == 80
+    assert goes_on(first, 80, new, "split='90,10,0'").data_start == 80
+    assert goes_on(first, 80, new, products=NO_DATA).data_start == 0, "removed is not new"
+
+
+def test_new_data_that_say_the_length_come_on_top() -> None:
+    first = midtrain()
+    second = goes_on(first, 80, "resume=new-data", *BY_THE_MIX[:2])
+    assert second.batch.steps == 80 + 289
+    assert has_new_data(first, second)
+    assert second.settings["steps"] == 369
+
+
+@pytest.mark.parametrize(
+    ("sets", "new"),
+    [
+        (["mix.ratios={docstrings: 0.5}"], True),
+        (["split='90,10,0'"], True),
+        (["mix.ratios={docstrings: 0.5}", "steps=330"], False),
+        (["mix.ratios={docstrings: 0.5}", "optimizer.lr=1.0e-4"], False),
+        (["steps=null", "mix.ratios={docstrings: 0.9}"], True),
+        # The same samples in the order of another length.
+        (["steps=null"], False),
+        ([], False),
+    ],
+)
+def test_new_data_are_a_change_of_the_data_alone(sets: list[str], new: bool) -> None:
+    first = midtrain()
+    assert has_new_data(first, goes_on(first, 80, "resume=new-data", *sets)) == new
 
 
 @pytest.mark.parametrize("path", ALL_RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")

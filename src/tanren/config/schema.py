@@ -5,6 +5,7 @@ Units are in the names. Unknown keys are errors. Nothing here reads a file or kn
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -306,8 +307,37 @@ class Measured(Strict):
     on: str
 
 
+class Mix(Strict):
+    """How much of each source a run reads. Names are those of sources, or globs (`dclm*`).
+
+    `ratios`: a source gives its tokens times its ratio, 1 where nothing names it. `shares`: a
+    source, or what a glob names together, gets its share of the run; every source is named. 0
+    leaves a source out. No source is read more than `max_epochs` times. `counts` is a table of
+    NAME<TAB>TOKENS, from which a plan is made before the data is there.
+    """
+
+    ratios: dict[str, NonNegativeFloat] | None = None
+    shares: dict[str, NonNegativeFloat] | None = None
+    max_epochs: PositiveFloat = 1.0
+    counts: str | None = None
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Mix:
+        if self.shares is None:
+            return self
+        if self.ratios is not None:
+            raise ValueError("state only one of ratios, shares")
+        total = math.fsum(self.shares.values())
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the shares add up to {total:.7g}, not to 1")
+        return self
+
+
 class Midtrain(Strict):
     """Continued pre-training of a base on a mix of sources.
+
+    Without `steps` and `tokens` the run reads what the ratios of its mix give, once. `resume:
+    new-data` lets a run that has begun go on with another mix, which is read from its own start.
 
     `z_loss` times the mean of log²Z joins the loss that is trained on (PaLM: 1.0e-4); the loss
     that is reported stays the cross-entropy.
@@ -316,7 +346,8 @@ class Midtrain(Strict):
     model: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     init: Base
     data: StageReference
-    mix: dict[str, PositiveFloat] | None = None
+    mix: Mix = Mix()
+    resume: Literal["same-data", "new-data"] = "same-data"
     split: Annotated[str, Field(pattern=r"^\d+,\d+,\d+$")] = "998,1,1"
     sequence_length: Positive
     global_batch: Positive
@@ -337,8 +368,10 @@ class Midtrain(Strict):
 
     @model_validator(mode="after")
     def _one_length(self) -> Midtrain:
-        if (self.steps is None) == (self.tokens is None):
-            raise ValueError("state exactly one of steps, tokens")
+        if self.steps is not None and self.tokens is not None:
+            raise ValueError("state only one of steps, tokens")
+        if self.mix.shares is not None and self.steps is None and self.tokens is None:
+            raise ValueError("mix.shares are of a whole: state steps or tokens")
         if not int(self.split.split(",")[0]):
             raise ValueError(f"split {self.split} leaves nothing to train on")
         if self.evaluation and not int(self.split.split(",")[1]):

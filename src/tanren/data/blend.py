@@ -14,7 +14,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tanren.plan.batch import SourceShare
+from tanren.plan.mix import SourceShare
 
 Batch = dict[str, torch.Tensor]
 
@@ -53,17 +53,20 @@ def build(
     seed: int,
     tokenizer: DatasetTokenizer,
     cache: Path,
+    data: str,
 ) -> Blend:
-    """Lay out the samples of the whole run; every rank calls this.
+    """Lay out the samples of a mix from its start to the run's end; every rank calls this.
 
     Args:
-        train_samples: steps x global batch: the order is drawn once for the whole run, so that a
+        train_samples: steps x global batch: the order is drawn once for all of them, so that a
             resumed run reads on where it stopped.
+        data: what the token files were made from: the same names may hold other text by now.
         cache: where the order is kept; rank 0 writes it, the others read.
     """
     sizes = [train_samples, held_out_samples, 0]
+    blend = ([source.prefix for source in sources], [source.weight for source in sources])
     complete, rank = cache / "COMPLETE", torch.distributed.get_rank()
-    wanted = repr((sources, split, sequence_length, sizes, seed))
+    wanted = repr((blend, data, split, sequence_length, sizes, seed))
     if rank == 0 and not (complete.exists() and complete.read_text() == wanted):
         # What an interrupted first start left: megatron takes any file that is there for whole.
         shutil.rmtree(cache, ignore_errors=True)
@@ -73,7 +76,7 @@ def build(
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=sequence_length,
-        blend=([source.prefix for source in sources], [source.weight for source in sources]),
+        blend=blend,
         split=split,
         path_to_cache=str(cache),
         tokenizer=tokenizer,

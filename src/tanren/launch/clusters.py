@@ -51,6 +51,8 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
         its jobs; none when it is done already.
     """
     request = submit.read_request(order, queue.machine_of(place))
+    # Before anything is submitted: what does not fit is refused here.
+    plan = make_plan(request)
     waits, made_first = list(order.after), []
     for wanted in references(request.recipe):
         its_jobs = _needed(order, request, wanted, needs, say)
@@ -58,11 +60,12 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
             waits += its_jobs
             name = reference(wanted, order.variant, order.name)
             made_first.append(request.products[name].folder.root)
-    plan = make_plan(request)
     start = submit.look(plan)
     if start.done:
         say(f"{plan.stage} is done: {shown(plan.run)}")
         return ()
+    for note in plan.notes:
+        say(f"note: {note}")
     submit.check_disk(plan)
     inside = submit.container_for(order, request, place.type.gpus)
     if inside is None and place.type.gpus and order.runtime != "native":

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
 from tanren.config.errors import RequestError
-from tanren.config.schema import Convert, Midtrain, Preprocess, Recipe
+from tanren.config.schema import SOURCE_NAME, Convert, Midtrain, Preprocess, Recipe
 from tanren.data.sources import files_of
 
 R = TypeVar("R", bound=Recipe)
@@ -33,7 +34,8 @@ def with_absolute_paths(recipe: R, folder: Path) -> R:
     if isinstance(recipe, Convert):
         return recipe.model_copy(update={"source": _absolute_base(recipe.source, folder)})
     if isinstance(recipe, Midtrain):
-        return recipe.model_copy(update={"init": _absolute_base(recipe.init, folder)})
+        mix = recipe.mix.model_copy(update={"counts": _absolute(recipe.mix.counts, folder)})
+        return recipe.model_copy(update={"init": _absolute_base(recipe.init, folder), "mix": mix})
     return recipe
 
 
@@ -84,6 +86,43 @@ def marks(recipe: Recipe) -> dict[str, str]:
     base = getattr(recipe, "source", None) or getattr(recipe, "init", None) or ""
     if base.startswith("hf:/"):
         found["base"] = _mark_of_folder(Path(base.removeprefix("hf:")), "the base model's")
+    return found
+
+
+def counts(recipe: Recipe) -> dict[str, int] | None:
+    """The table of counts that a recipe's mix names; None where it names none."""
+    if not isinstance(recipe, Midtrain) or recipe.mix.counts is None:
+        return None
+    return read_counts(Path(recipe.mix.counts))
+
+
+def read_counts(path: Path) -> dict[str, int]:
+    """Read tokens by source: lines of NAME<TAB>TOKENS; empty ones and those with # are left out.
+
+    Raises:
+        RequestError: with the file and the line.
+    """
+    form = "write a source's name, a tab and its tokens as digits, such as web<TAB>1000000"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        said = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise RequestError(path, f"cannot be read: {said}", "check the table's path") from None
+    found: dict[str, int] = {}
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, tab, tokens = line.partition("\t")
+        if not tab or not re.fullmatch(SOURCE_NAME, name) or not re.fullmatch("[0-9]+", tokens):
+            raise RequestError(f"{path}:{number}", f"{line!r} is not NAME<TAB>TOKENS", form)
+        if name in found:
+            raise RequestError(
+                f"{path}:{number}", f"counts {name} twice", f"the first is in line {seen[name]}"
+            )
+        found[name], seen[name] = int(tokens), number
+    if not found:
+        raise RequestError(path, "counts nothing", form)
     return found
 
 

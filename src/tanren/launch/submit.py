@@ -119,6 +119,7 @@ def read_request(order: Order, machine: Machine | None = None) -> Request:
         name=order.name,
         model=model,
         inputs=inputs.marks(recipe),
+        counts=inputs.counts(recipe),
     )
     return with_products(request)
 

@@ -1,8 +1,6 @@
-"""Batch and mix arithmetic."""
+"""Batch arithmetic."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from tanren.config.errors import RequestError
 from tanren.config.schema import Layout, Midtrain, Strict
@@ -28,27 +26,6 @@ class Batch(Strict):
         return self.steps * self.tokens_per_step
 
 
-class SourceShare(Strict):
-    """One source of the mix: what is there, what is taken."""
-
-    name: str
-    prefix: str
-    tokens: int
-    ratio: float
-    weight: float
-    epochs: float
-
-
-@dataclass(frozen=True)
-class SourceCount:
-    """A preprocessed source as preprocess counted it."""
-
-    name: str
-    prefix: str
-    tokens: int
-    documents: int
-
-
 def data_parallel_size(layout: Layout, gpus: int, place: str) -> int:
     """Data-parallel size: what the recipe says, else every GPU that the model leaves, else 1."""
     if layout.data is not None:
@@ -72,21 +49,33 @@ def data_parallel_size(layout: Layout, gpus: int, place: str) -> int:
     return gpus // layout.model_parallel
 
 
-def make_batch(recipe: Midtrain, data_parallel: int, place: str) -> Batch:
+def tokens_per_step(recipe: Midtrain) -> int:
+    """Tokens of one global batch."""
+    return recipe.sequence_length * recipe.global_batch
+
+
+def stated_steps(recipe: Midtrain) -> int | None:
+    """Steps of the whole run as the recipe states them; None where they follow from the mix."""
+    if recipe.tokens is not None:
+        return ceil_div(recipe.tokens, tokens_per_step(recipe))
+    return recipe.steps
+
+
+def make_batch(recipe: Midtrain, data_parallel: int, place: str, *, steps: int) -> Batch:
     """Cut the global batch into micro batches.
 
+    Args:
+        steps: of the whole run.
     Raises:
         RequestError: the global batch does not divide; the message names the nearest that do.
     """
     check_divides(f"{place}: global_batch", recipe.global_batch, recipe, data_parallel)
-    tokens_per_step = recipe.sequence_length * recipe.global_batch
-    steps = recipe.steps or ceil_div(recipe.tokens or 0, tokens_per_step)
     return Batch(
         data_parallel=data_parallel,
         micro_batch=recipe.micro_batch,
         accumulation=recipe.global_batch // (data_parallel * recipe.micro_batch),
         steps=steps,
-        tokens_per_step=tokens_per_step,
+        tokens_per_step=tokens_per_step(recipe),
     )
 
 
@@ -101,71 +90,4 @@ def check_divides(place: str, sequences: int, recipe: Midtrain, data_parallel: i
             f"{sequences} is not a multiple of {divisor} (data parallel {data_parallel} x "
             f"micro_batch {recipe.micro_batch})",
             f"use {' or '.join(nearest)}",
-        )
-
-
-def make_mix(
-    counts: tuple[SourceCount, ...],
-    ratios: dict[str, float] | None,
-    split: str,
-    tokens: int,
-    place: str,
-    *,
-    held_out: bool,
-) -> tuple[SourceShare, ...]:
-    """Weights and epochs of each source.
-
-    A source weighs its token count times its ratio (1 where the mix does not name it). The epochs
-    are over the training split, taken as its share of the tokens (Megatron splits by documents).
-    """
-    _check_split(counts, split, held_out, place)
-    ratios = ratios or {}
-    names = [count.name for count in counts]
-    for name in ratios:
-        if name not in names:
-            raise RequestError(
-                f"{place}: mix.{name}",
-                "names no source of the data",
-                f"the sources are {', '.join(names)}",
-            )
-    parts = [float(part) for part in split.split(",")]
-    training_share = parts[0] / sum(parts)
-    total = sum(count.tokens * ratios.get(count.name, 1.0) for count in counts)
-    shares = []
-    for count in counts:
-        ratio = ratios.get(count.name, 1.0)
-        weight = count.tokens * ratio / total
-        epochs = weight * tokens / (count.tokens * training_share)
-        shares.append(
-            SourceShare(
-                name=count.name,
-                prefix=count.prefix,
-                tokens=count.tokens,
-                ratio=ratio,
-                weight=weight,
-                epochs=epochs,
-            )
-        )
-    return tuple(shares)
-
-
-def _check_split(counts: tuple[SourceCount, ...], split: str, held_out: bool, place: str) -> None:
-    """Refuse a split that leaves a source without a document in a part that is read.
-
-    megatron-core cuts each source by documents, and would look for samples in an empty part for
-    ever. The rounding is its own.
-    """
-    parts = [float(part) for part in split.split(",")]
-    ends = [sum(parts[: number + 1]) / sum(parts) for number in range(len(parts))]
-    for count in counts:
-        training = round(ends[0] * count.documents)
-        evaluation = round(ends[1] * count.documents) - training
-        problem = "to train on" if not training else "to hold out" if not evaluation else None
-        if problem is None or (problem == "to hold out" and not held_out):
-            continue
-        raise RequestError(
-            f"{place}: split",
-            f"{split} leaves none of the {count.documents} documents of source {count.name} "
-            f"{problem}",
-            "give that part a larger share, leave the source out, or leave out the evaluation",
         )

@@ -27,16 +27,15 @@ from tanren.config.schema import (
 )
 from tanren.plan.batch import (
     Batch,
-    SourceCount,
-    SourceShare,
     check_divides,
     data_parallel_size,
     make_batch,
-    make_mix,
+    stated_steps,
 )
 from tanren.plan.checks import check_layout, check_schedule, check_shape, check_vocabulary
 from tanren.plan.cost import Gpu, check_memory, estimated_hours
 from tanren.plan.memory import Memory, checkpoint_gib
+from tanren.plan.mix import Mixture, SourceCount, count_notes, make_mixture
 from tanren.plan.paths import TRAINING_STAGES, RunFolder, run_name
 
 
@@ -79,6 +78,19 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """A run that has begun, as its folder shows it.
+
+    `settings` and `data_start` are of the plan that it was last started with, `iteration` is where
+    it would go on.
+    """
+
+    settings: Mapping[str, Any]
+    data_start: int
+    iteration: int
+
+
+@dataclass(frozen=True)
 class Request:
     """What a person asked for, with every file read."""
 
@@ -94,6 +106,10 @@ class Request:
     products: Mapping[str, Product] = field(default_factory=dict)
     # A mark of each file that the recipe names, by its part in the recipe.
     inputs: Mapping[str, str] = field(default_factory=dict)
+    # The table that a mix names: tokens by source.
+    counts: Mapping[str, int] | None = None
+    # What this run's own folder holds; None for a new run.
+    begun: Begun | None = None
 
     @property
     def folder(self) -> RunFolder:
@@ -130,6 +146,8 @@ class PlanBase(Strict):
     launch: Launch
     # What the result depends on. A run goes on, or counts as done, only under equal settings.
     settings: dict[str, Any]
+    # What a person should know beside the numbers.
+    notes: tuple[str, ...] = ()
 
     @property
     def folder(self) -> RunFolder:
@@ -154,8 +172,10 @@ class MidtrainPlan(PlanBase):
     model: Model
     precision: Literal["bf16", "fp32"]
     batch: Batch
-    # None while the preprocess stage has not run: the tokens are not known before.
-    sources: tuple[SourceShare, ...] | None
+    # None while the tokens are not known: preprocess has not run, and the recipe has no counts.
+    mix: Mixture | None
+    # The iteration at which the run began to read its present data: 0, but after `new-data`.
+    data_start: int = 0
     # The folder of the preprocessed data, and its tokenizer's facts.
     data: str
     # `scratch`, `hf:PATH` or `checkpoint:PATH`: a stage is already turned into its checkpoint.
@@ -319,34 +339,24 @@ def _midtrain_plan(request: Request, recipe: Midtrain) -> MidtrainPlan:
     model, place = request.model, str(request.recipe_file)
     assert model is not None
     check_layout(recipe, model, request.machine.device, place)
-    data_parallel = data_parallel_size(recipe.layout, request.machine.gpus, place)
-    batch = make_batch(recipe, data_parallel, place)
-    if recipe.evaluation:
-        check_divides(
-            f"{place}: evaluation.sequences", recipe.evaluation.sequences, recipe, data_parallel
-        )
-    check_schedule(recipe, batch.steps, place)
     if recipe.sequence_length > model.max_positions:
         raise RequestError(
             f"{place}: sequence_length",
             f"{recipe.sequence_length} is over the model's max_positions {model.max_positions}",
             f"use at most {model.max_positions}, or a model that was trained for more",
         )
-
-    data = _product(request, recipe.data, "preprocess")
-    sources = None
+    data_parallel = data_parallel_size(recipe.layout, request.machine.gpus, place)
+    data = data_of(request, recipe)
     if data.result:
         check_vocabulary(place, model, data.result["vocabulary_size"], data.folder.tokenizer)
-        counts = tuple(
-            SourceCount(
-                s["name"], str(data.folder.tokens_of(s["name"])), s["tokens"], s["documents"]
-            )
-            for s in data.result["sources"]
+    data_start = _data_start(request, recipe, data)
+    mix, steps, notes = _mix(request, recipe, data, data_start)
+    batch = make_batch(recipe, data_parallel, place, steps=steps)
+    if recipe.evaluation:
+        check_divides(
+            f"{place}: evaluation.sequences", recipe.evaluation.sequences, recipe, data_parallel
         )
-        sources = make_mix(
-            counts, recipe.mix, recipe.split, batch.tokens, place,
-            held_out=recipe.evaluation is not None,
-        )  # fmt: skip
+    check_schedule(recipe, batch.steps, place)
 
     inputs: dict[str, Any] = {**request.inputs, "data": data.identity}
     start, hf_source = recipe.init, None
@@ -366,8 +376,10 @@ def _midtrain_plan(request: Request, recipe: Midtrain) -> MidtrainPlan:
         precision = "bf16" if request.machine.gpus or request.machine.fast_bf16 else "fp32"
     # A run may change how it lies over the processes and what it keeps; the rest makes the result.
     settings = _settings(
-        recipe, without=("layout", "micro_batch", "checkpoints", "evaluation", "steps", "tokens")
+        recipe,
+        without=("layout", "micro_batch", "checkpoints", "evaluation", "steps", "tokens", "resume"),
     ) | {
+        "mix": _mix_settings(recipe),
         "shape": _settings(model),
         "steps": batch.steps,
         "precision": precision,
@@ -389,7 +401,9 @@ def _midtrain_plan(request: Request, recipe: Midtrain) -> MidtrainPlan:
         model=model,
         precision=precision,
         batch=batch,
-        sources=sources,
+        mix=mix,
+        data_start=data_start,
+        notes=notes,
         data=str(data.folder.root),
         start=start,
         hf_source=hf_source,
@@ -398,6 +412,115 @@ def _midtrain_plan(request: Request, recipe: Midtrain) -> MidtrainPlan:
         gpu_memory_gib=gpu.memory_gib if gpu else None,
         hours=estimated_hours(model, recipe, batch, gpu, processes) if gpu else None,
     )
+
+
+def _mix(
+    request: Request, recipe: Midtrain, data: Product, data_start: int
+) -> tuple[Mixture | None, int, tuple[str, ...]]:
+    """The mix over what preprocess counted, else over the recipe's table; the steps; notes.
+
+    Raises:
+        RequestError: the steps follow from the mix, and there are no counts yet.
+    """
+    place = str(request.recipe_file)
+    counts, table = source_counts(data), recipe.mix.counts
+    notes: tuple[str, ...] = ()
+    if counts is not None:
+        notes = count_notes(counts, request.counts or {}, table) if table else ()
+    elif request.begun is not None and "steps" in request.begun.settings:
+        # The data was removed after the run had begun: its length is what it was.
+        return None, stated_steps(recipe) or int(request.begun.settings["steps"]), ()
+    elif request.counts is not None:
+        counts = table_counts(request.counts, data.folder)
+        notes = (f"tokens are those of {table}: preprocess has not run",)
+    steps = stated_steps(recipe)
+    if counts is not None:
+        mix = make_mixture(recipe, counts, place, data_start=data_start)
+        return mix, mix.steps, notes
+    if steps is None:
+        raise RequestError(
+            place,
+            "states neither steps nor tokens, and the data that they follow from is not there",
+            "make preprocess, or state mix.counts: a table of NAME<TAB>TOKENS",
+        )
+    return None, steps, ()
+
+
+def data_of(request: Request, recipe: Midtrain) -> Product:
+    """The preprocessed data of a training recipe."""
+    return _product(request, recipe.data, "preprocess")
+
+
+def source_counts(data: Product) -> tuple[SourceCount, ...] | None:
+    """The sources as preprocess counted them; None while it has not run."""
+    if data.result is None:
+        return None
+    return tuple(
+        SourceCount(s["name"], str(data.folder.tokens_of(s["name"])), s["tokens"], s["documents"])
+        for s in data.result["sources"]
+    )
+
+
+def table_counts(table: Mapping[str, int], folder: RunFolder) -> tuple[SourceCount, ...]:
+    """The sources of a table of counts, with the files that preprocess would make of them."""
+    return tuple(
+        SourceCount(name, str(folder.tokens_of(name)), tokens) for name, tokens in table.items()
+    )
+
+
+def _mix_settings(recipe: Midtrain) -> dict[str, Any]:
+    """What the order of samples depends on: not the limit, and not where counts came from."""
+    return {"ratios": recipe.mix.ratios or {}, "shares": recipe.mix.shares}
+
+
+def _data_start(request: Request, recipe: Midtrain, data: Product) -> int:
+    """Where the run begins to read the data that it now asks for.
+
+    The same data as before: where it began, or where the run goes on if it was set back to before
+    that. Other data, where the recipe allows it: where the run goes on.
+    """
+    begun = request.begun
+    if begun is None:
+        return 0
+    now = {**_settings(recipe), "mix": _mix_settings(recipe), "inputs": {"data": data.identity}}
+    if _of_data(begun.settings) == _of_data(comparable(begun.settings, now)):
+        return min(begun.data_start, begun.iteration)
+    return begun.iteration if recipe.resume == "new-data" else 0
+
+
+def _of_data(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that say which samples are read, and in which order."""
+    found = {key: settings.get(key) for key in ("data", "mix", "split")}
+    return found | {"identity": settings.get("inputs", {}).get("data")}
+
+
+def _beside_data(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All other settings, but for the steps."""
+    found = {k: v for k, v in settings.items() if k not in ("data", "mix", "split", "steps")}
+    return found | {"inputs": {k: v for k, v in settings["inputs"].items() if k != "data"}}
+
+
+def comparable(before: Mapping[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """These settings, with what is not there any more taken to be what it was."""
+    was = before.get("inputs", {})
+    kept = {
+        key: was.get(key) if value is None else value
+        for key, value in now.get("inputs", {}).items()
+    }
+    return {**now, "inputs": kept} if "inputs" in now else now
+
+
+def has_new_data(before: Plan, plan: Plan) -> bool:
+    """Whether a plan differs from the one that its run has begun with in its data alone.
+
+    The steps may differ where they follow from the mix, which then begins anew.
+    """
+    if not isinstance(plan, MidtrainPlan) or not isinstance(before, MidtrainPlan):
+        return False
+    was, now = before.settings, comparable(before.settings, plan.settings)
+    other = _of_data(was) != _of_data(now) or plan.data_start != before.data_start
+    follows = was["steps"] == now["steps"] or stated_steps(plan.recipe) is None
+    return other and follows and _beside_data(was) == _beside_data(now)
 
 
 def _export_plan(request: Request, recipe: Export) -> ExportPlan:

@@ -29,6 +29,7 @@ from tanren.plan.cost import explained
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import ConvertPlan, ExportPlan, Launch, MidtrainPlan, Plan
 from tanren.plan.site import Place
+from tanren.report.mix import print_mix
 
 PLAIN_SECONDS = 10.0
 
@@ -220,6 +221,8 @@ def print_plan(
     for name, value in rows:
         # Whole lines: a path that is cut cannot be copied.
         screen.print(f"{name:<{width}}{value}", markup=False)
+    if isinstance(plan, MidtrainPlan) and plan.mix is not None:
+        print_mix(plan.mix, plan.recipe, screen)
     for title, script in scripts:
         screen.print(title, style="bold")
         screen.print(script.rstrip(), markup=False, style="dim")
@@ -319,17 +322,19 @@ def _midtrain_rows(plan: MidtrainPlan, batch: Batch) -> list[tuple[str, str]]:
     )
     if plan.hours is not None:
         hours, assumption = plan.hours
-        rows.append(("time", f"{hours:.2g} hours {assumption}"))
-    if plan.sources is None:
-        rows.append(("sources", "tokens and epochs are known once preprocess has run"))
-    rows += [
-        (
-            f"source {source.name}",
-            f"{source.tokens:,} tokens x ratio {source.ratio:g}: {source.weight:.1%} of the mix, "
-            f"{source.epochs:.2f} epochs",
+        rows.append(
+            (
+                "time",
+                f"{hours:,.1f} hours {assumption}"
+                if hours >= 10
+                else f"{hours:.2g} hours {assumption}",
+            )
         )
-        for source in plan.sources or ()
-    ]
+    if plan.data_start:
+        rows.append(("data", f"the present mix begins at iteration {plan.data_start:,}"))
+    rows += [("note", note) for note in plan.notes]
+    if plan.mix is None:
+        rows.append(("mix", "tokens and epochs are known once preprocess has run"))
     return rows
 
 

@@ -84,9 +84,9 @@ def _describe(plan: MidtrainPlan, ranks: distributed.Ranks) -> None:
 
 
 def _data(plan: MidtrainPlan) -> blend.Blend:
-    """Check the token files and lay out the samples of the whole run."""
-    assert plan.sources is not None
-    for source in plan.sources:
+    """Check the token files and lay out the samples of the present mix, to the run's end."""
+    assert plan.mix is not None
+    for source in plan.mix.sources:
         counts = indexed.check(Path(source.prefix))
         if counts.tokens != source.tokens:
             raise RequestError(
@@ -101,7 +101,7 @@ def _data(plan: MidtrainPlan) -> blend.Blend:
         check_tokenizers(base, str(tokenizer.folder), plan.recipe_file)
     evaluation = plan.recipe.evaluation
     return blend.build(
-        plan.sources,
+        plan.mix.sources,
         split=plan.recipe.split,
         sequence_length=plan.recipe.sequence_length,
         train_samples=plan.batch.steps * plan.recipe.global_batch,
@@ -109,6 +109,7 @@ def _data(plan: MidtrainPlan) -> blend.Blend:
         seed=plan.recipe.seed,
         tokenizer=blend.DatasetTokenizer(tokenizer.size, tokenizer.eod),
         cache=plan.folder.index_cache,
+        data=str(plan.settings["inputs"]["data"]),
     )
 
 
