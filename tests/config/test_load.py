@@ -41,8 +41,8 @@ sources:
 """
 FIELDS = (
     "model, init, data, mix, resume, split, sequence_length, global_batch, micro_batch, steps, "
-    "tokens, precision, fp8, optimizer, schedule, z_loss, layout, checkpoints, evaluation, seed, job, "
-    "measured"
+    "tokens, precision, fp8, optimizer, schedule, z_loss, layout, checkpoints, evaluation, seed, "
+    "job, measured"
 )
 OPTIMIZER = "lr, min_lr, beta1, beta2, epsilon, weight_decay, clip_grad"
 HINT = "YAML reads a number such as 5e-5 as text: write 5.0e-5"

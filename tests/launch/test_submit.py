@@ -129,6 +129,83 @@ def test_an_export_is_done_only_while_its_model_is_there(task: Path, tmp_path: P
     assert not look(task, "export").done
 
 
+MIX = "mix.ratios={docstrings: 0.5}"
+
+
+def begin(task: Path, iteration: int, *sets: str) -> RunFolder:
+    """Leave what a training run of some steps leaves."""
+    finish_preprocess(task)
+    plan = make_plan(submit.read_request(Order(task / "midtrain.yaml", assignments=sets)))
+    checkpoint = plan.folder.checkpoint(iteration)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "files.json").write_text("{}")
+    runs.write_json(plan.folder.plan, json.loads(plan.model_dump_json()))
+    return plan.folder
+
+
+def look_on(task: Path, *sets: str) -> submit.Start:
+    order = Order(task / "midtrain.yaml", assignments=sets)
+    return submit.look(make_plan(submit.read_request(order)))
+
+
+def test_new_data_are_refused_unless_the_recipe_allows_them(task: Path) -> None:
+    begin(task, 80)
+    assert look_on(task).iteration == 80
+    with pytest.raises(RequestError) as refused:
+        look_on(task, MIX)
+    assert "was begun with other settings: mix.ratios.docstrings None" in refused.value.problem
+    assert refused.value.next_step.startswith("--set resume=new-data goes on with the new data")
+    start = look_on(task, MIX, "resume=new-data")
+    assert start.iteration == 80
+    assert start.plan.stage == "midtrain"
+    assert start.plan.data_start == 80
+
+
+def test_new_data_are_no_excuse_for_other_changes(task: Path) -> None:
+    begin(task, 80)
+    for other in ("optimizer.lr=1.0e-4", "steps=330", "seed=5"):
+        with pytest.raises(RequestError, match="was begun with other settings") as refused:
+            look_on(task, MIX, "resume=new-data", other)
+        assert "resume=new-data" not in refused.value.next_step
+
+
+def test_a_finished_run_takes_no_new_data(task: Path) -> None:
+    runs.mark_done(begin(task, 320), {"identity": "m", "iteration": 320})
+    with pytest.raises(RequestError, match="was made with other settings") as refused:
+        look_on(task, MIX)
+    assert "resume=new-data" not in refused.value.next_step
+    with pytest.raises(RequestError, match="the run has 320 steps, and the new data would begin"):
+        look_on(task, MIX, "resume=new-data")
+    longer = ("steps=null", "mix.ratios={docstrings: 0.4}", "resume=new-data")
+    with pytest.raises(RequestError, match="was made with other settings"):
+        look_on(task, *longer)
+
+
+def test_a_run_that_went_on_since_it_was_planned_is_planned_anew(task: Path) -> None:
+    folder = begin(task, 80)
+    order = Order(task / "midtrain.yaml", assignments=(MIX, "resume=new-data"))
+    plan = make_plan(submit.read_request(order))
+    folder.checkpoint(80).rename(folder.checkpoint(160))
+    with pytest.raises(RequestError, match="has gone on to iteration 160 since this was planned"):
+        submit.look(plan)
+
+
+def test_where_the_data_began_is_kept_in_the_runs_plan(task: Path) -> None:
+    folder = begin(task, 80)
+    start = look_on(task, MIX, "resume=new-data")
+    runs.write_json(folder.plan, json.loads(start.plan.model_dump_json()))
+    folder.checkpoint(80).rename(folder.checkpoint(160))
+    again = look_on(task, MIX)
+    assert again.plan.stage == "midtrain"
+    assert (again.iteration, again.plan.data_start) == (160, 80)
+    shutil.rmtree(folder.checkpoints)
+    runs.mark_done(folder, {"identity": "m", "iteration": 320})
+    done = look_on(task, MIX)
+    assert done.done, "its checkpoints were removed to save room"
+    assert done.plan.stage == "midtrain"
+    assert done.plan.data_start == 80
+
+
 @pytest.mark.parametrize(
     ("stage", "assignment", "problem"),
     [

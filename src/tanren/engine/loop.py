@@ -61,7 +61,7 @@ class StopRequest:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to train and how the global batch is cut."""
+    """How long to train, how the global batch is cut, and the iteration that the data begins at."""
 
     steps: int
     sequence_length: int
@@ -69,6 +69,7 @@ class Budget:
     micro_batch: int
     accumulation: int
     flops_per_token: float
+    data_start: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,8 @@ def train(
     data = batches(
         dataset,
         MicroBatches(
-            first=state.iteration * budget.global_batch,
-            last=budget.steps * budget.global_batch,
+            first=(state.iteration - budget.data_start) * budget.global_batch,
+            last=(budget.steps - budget.data_start) * budget.global_batch,
             micro_batch=budget.micro_batch,
             data_rank=parallel_state.get_data_parallel_rank(),
             data_size=parallel_state.get_data_parallel_world_size(),
@@ -150,7 +151,8 @@ def train(
         workers=workers,
         device=device,
     )
-    if held_out and state.iteration == 0:
+    # What is held out is the present data's: a new mix is measured where it begins.
+    if held_out and state.iteration == budget.data_start:
         _measure(state, held_out, budget, device, metrics)
     state.model.train()
     # Collections at random moments make ranks wait for one another; a fixed rhythm does not.

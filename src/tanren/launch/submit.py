@@ -22,14 +22,17 @@ from tanren.launch.container import Container
 from tanren.launch.machine import this_machine, visible_gpus
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import (
+    Begun,
     ExportPlan,
     Machine,
     MidtrainPlan,
     Plan,
     Product,
     Request,
+    comparable,
     differences,
     digest,
+    has_new_data,
     read_plan,
     reference,
     references,
@@ -125,7 +128,7 @@ def read_request(order: Order, machine: Machine | None = None) -> Request:
 
 
 def with_products(request: Request) -> Request:
-    """A request with what the stages that it stands on have made by now."""
+    """A request with what the stages that it stands on, and its own run, have made by now."""
     products = {}
     for wanted in references(request.recipe):
         name = reference(wanted, request.variant, request.name)
@@ -137,7 +140,17 @@ def with_products(request: Request) -> Request:
                 "name another run (stage:midtrain-NAME), or checkpoint:PATH",
             )
         products[name] = read_product(folder)
-    return replace(request, products=products)
+    return replace(request, products=products, begun=_begun(request.folder))
+
+
+def _begun(folder: RunFolder) -> Begun | None:
+    """What a run folder says of a run that has begun: one with a checkpoint, or done."""
+    plan, done = runs.read_json(folder.plan), runs.result_of(folder)
+    there = runs.iterations(folder)
+    iteration = there[-1] if there else done.get("iteration") if done else None
+    if plan is None or iteration is None:
+        return None
+    return Begun(plan["settings"], plan.get("data_start", 0), iteration)
 
 
 def read_product(folder: RunFolder) -> Product:
@@ -268,19 +281,32 @@ def look(plan: Plan) -> Start:
     folder = plan.folder
     if folder.plan.exists():
         before = read_plan(folder.plan)
-        changed = differences(before.settings, _comparable(before.settings, plan.settings))
+        changed = differences(before.settings, comparable(before.settings, plan.settings))
         done = _made(folder, plan.stage) is not None
+        if done and not changed:
+            return Start(plan, True, None)
         begun = done or bool(runs.iterations(folder))
         # A finished export of an earlier checkpoint is no obstacle to the next one.
         if changed and begun and not isinstance(plan, ExportPlan):
-            state = "was made" if done else "was begun"
-            raise RequestError(
-                folder.root,
-                f"{state} with other settings: {'; '.join(changed[:6])}",
-                f"give the new run a name (NAME=... or --name), or rm -r {folder.root}",
-            )
-        if done and not changed:
-            return Start(plan, True, None)
+            new_data = not done and has_new_data(before, plan)
+            if not (
+                new_data and isinstance(plan, MidtrainPlan) and plan.recipe.resume == "new-data"
+            ):
+                state = "was made" if done else "was begun"
+                go_on = "--set resume=new-data goes on with the new data from here; or "
+                raise RequestError(
+                    folder.root,
+                    f"{state} with other settings: {'; '.join(changed[:6])}",
+                    f"{go_on if new_data else ''}give the new run a name (NAME=... or --name), or "
+                    f"rm -r {folder.root}",
+                )
+            there = runs.latest_checkpoint(folder) or 0
+            if plan.data_start != there:
+                raise RequestError(
+                    folder.root,
+                    f"has gone on to iteration {there} since this was planned",
+                    "the same command again plans anew",
+                )
     return Start(plan, False, runs.latest_checkpoint(folder))
 
 
@@ -311,16 +337,6 @@ def check_disk(plan: Plan) -> None:
         f"({keep} kept and one being written, {plan.checkpoint_gib:,.1f} each)",
         f"{fewer}free some space, or RUNS= on a larger disk",
     )
-
-
-def _comparable(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """These settings, with what is not there any more taken to be what it was."""
-    was = before.get("inputs", {})
-    kept = {
-        key: was.get(key) if value is None else value
-        for key, value in now.get("inputs", {}).items()
-    }
-    return {**now, "inputs": kept} if "inputs" in now else now
 
 
 def container_for(

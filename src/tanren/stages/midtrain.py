@@ -57,6 +57,7 @@ def run(plan: MidtrainPlan, attempt: int) -> None:
             micro_batch=plan.batch.micro_batch,
             accumulation=plan.batch.accumulation,
             flops_per_token=plan.model.flops_per_token(plan.recipe.sequence_length),
+            data_start=plan.data_start,
         ),
         device=ranks.device,
         saver=saver,
@@ -104,7 +105,7 @@ def _data(plan: MidtrainPlan) -> blend.Blend:
         plan.mix.sources,
         split=plan.recipe.split,
         sequence_length=plan.recipe.sequence_length,
-        train_samples=plan.batch.steps * plan.recipe.global_batch,
+        train_samples=(plan.batch.steps - plan.data_start) * plan.recipe.global_batch,
         held_out_samples=evaluation.sequences if evaluation else 0,
         seed=plan.recipe.seed,
         tokenizer=blend.DatasetTokenizer(tokenizer.size, tokenizer.eod),
@@ -137,6 +138,12 @@ def _start(plan: MidtrainPlan, state: TrainingState, folder: RunFolder) -> None:
     if newest:
         logger.info("going on from %s", folder.checkpoint(newest))
         load(state, folder.checkpoint(newest))
+        if plan.data_start:
+            logger.info(
+                "the present data began at iteration %d; %d of its samples are read",
+                plan.data_start,
+                (newest - plan.data_start) * plan.recipe.global_batch,
+            )
         return
     kind, _, where = plan.start.partition(":")
     if kind == "scratch":
@@ -180,7 +187,9 @@ def _close(plan: MidtrainPlan, folder: RunFolder, outcome: loop.Outcome) -> None
         runs.mark_stopped(folder, outcome.stopped, outcome.iteration)
         return
     losses = runs.curve(folder.metrics, "loss")
-    held_out = runs.curve(folder.metrics, "held_out_loss")
+    measured = runs.curve(folder.metrics, "held_out_loss")
+    # Of the present data alone: losses on other documents say nothing beside these.
+    held_out = {step: loss for step, loss in measured.items() if step >= plan.data_start}
     runs.mark_done(
         folder,
         {
