@@ -12,8 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from tests.data.fake_hub import Hub, serve
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = REPOSITORY / "recipes" / "tiny"
@@ -122,6 +125,30 @@ def tanren(prepared: Path, tmp_path: Path) -> Tanren:
     runs = tmp_path / "runs"
     shutil.copytree(prepared / "tiny", runs / "tiny")
     return Tanren(runs)
+
+
+@pytest.fixture
+def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that this process and its commands ask instead of the real one, and an empty DATA."""
+    from huggingface_hub import constants, file_download
+
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "hf").mkdir()
+    with serve() as served:
+        for name, value in (
+            ("HF_ENDPOINT", served.endpoint), ("HF_HOME", str(tmp_path / "hf")),
+            ("HF_HUB_DISABLE_XET", "1"), ("NO_PROXY", "127.0.0.1"),
+            ("DATA", str(tmp_path / "data")),
+        ):  # fmt: skip
+            monkeypatch.setenv(name, value)
+        # The same for this process, where the library is there already.
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
+        # It waits a second before it takes a broken download up again.
+        monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda _: None))
+        yield served
 
 
 @pytest.fixture

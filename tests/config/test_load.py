@@ -217,7 +217,7 @@ def test_several_mistakes_are_one_message(folder: Folder) -> None:
             "python_documentation: topics",
             "path: a.jsonl\n    kind: b",
             "preprocess.yaml:5: sources.0.kind: is not a field here; the fields are name, path, "
-            "python_documentation, text_key.",
+            "hf, files, python_documentation, text_key.",
         ),
         (
             "vocabulary_size: 2048",
@@ -228,7 +228,7 @@ def test_several_mistakes_are_one_message(folder: Folder) -> None:
         (
             "topics\n",
             "topics\n  - name: other\n",
-            "preprocess.yaml:5: sources.1: state exactly one of path, python_documentation.",
+            "preprocess.yaml:5: sources.1: state exactly one of path, hf, python_documentation.",
         ),
         (
             "topics\n",
@@ -495,7 +495,7 @@ def test_user_toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             "rums = 'a'",
-            "user.toml: rums: is not a field here; the fields are site, group, runs, images, "
+            "user.toml: rums: is not a field here; the fields are site, group, runs, data, images, "
             "cache, binds, debian_mirror.",
         ),
         ("runs = 3", "user.toml: runs: 3: input should be a valid string."),

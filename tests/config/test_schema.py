@@ -316,17 +316,17 @@ def test_layout() -> None:
 @pytest.mark.parametrize(
     ("model", "values", "message"),
     [
-        (Tokenizer, {}, "state exactly one of path, train"),
+        (Tokenizer, {}, "state exactly one of path, hf, train"),
         (
             Tokenizer,
             {"path": "a", "train": {"vocabulary_size": 300}},
-            "state exactly one of path, train",
+            "state exactly one of path, hf, train",
         ),
-        (Source, {"name": "a"}, "state exactly one of path, python_documentation"),
+        (Source, {"name": "a"}, "state exactly one of path, hf, python_documentation"),
         (
             Source,
             {"name": "a", "path": "b", "python_documentation": "topics"},
-            "state exactly one of path, python_documentation",
+            "state exactly one of path, hf, python_documentation",
         ),
         (
             Preprocess,
@@ -359,3 +359,25 @@ def test_export_takes_latest_or_a_number(iteration: object) -> None:
     assert read(Export, {"of": "stage:midtrain", "iteration": iteration}).iteration == iteration
     for wrong in ("newest", 0, 1.5, True):
         assert refusals(Export, {"of": "stage:midtrain", "iteration": wrong})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hf": "o/a"}, "hf needs files"),
+        ({"hf": "o/a", "files": []}, "hf needs files"),
+        ({"path": "a.jsonl", "files": ["*"]}, "files need hf"),
+        ({"hf": "o/a", "path": "a", "files": ["*"]}, "exactly one of path, hf"),
+    ],
+)
+def test_files_belong_to_the_hub(fields: dict[str, Any], message: str) -> None:
+    ((_, problem),) = refusals(Source, {"name": "web", **fields})
+    assert message in problem
+
+
+@pytest.mark.parametrize("reference", ["a", "hf:o/a", "o/a@", "o/a/b", "/o/a", "o/a@v 1"])
+def test_a_repository_is_written_in_one_way(reference: str) -> None:
+    ((place, problem),) = refusals(Source, {"name": "web", "hf": reference, "files": ["*"]})
+    assert place == "hf"
+    assert "pattern" in problem
+    assert Source.model_validate_json('{"name": "web", "hf": "o/a@refs/pr/1", "files": ["*"]}')

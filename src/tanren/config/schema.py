@@ -43,6 +43,11 @@ Base = Annotated[
     BeforeValidator(_one_key_mapping),
     Field(pattern=r"^(scratch|(hf|checkpoint):\S.*|stage:[A-Za-z0-9._-]+)$"),
 ]
+# A repository of the Hugging Face hub at a revision (a commit, a tag or a branch; main without).
+HUB_REFERENCE = (
+    r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9][A-Za-z0-9._/-]*)?$"
+)
+HubReference = Annotated[str, Field(pattern=HUB_REFERENCE)]
 
 
 class RopeScaling(Strict):
@@ -146,15 +151,16 @@ class TokenizerTraining(Strict):
 
 
 class Tokenizer(Strict):
-    """Where the tokenizer comes from: a folder with tokenizer.json, or training."""
+    """Where the tokenizer comes from: a folder with tokenizer.json, the hub, or training."""
 
     path: str | None = None
+    hf: HubReference | None = None
     train: TokenizerTraining | None = None
 
     @model_validator(mode="after")
     def _one_origin(self) -> Tokenizer:
-        if (self.path is None) == (self.train is None):
-            raise ValueError("state exactly one of path, train")
+        if [self.path, self.hf, self.train].count(None) != 2:
+            raise ValueError("state exactly one of path, hf, train")
         return self
 
 
@@ -162,20 +168,27 @@ class Source(Strict):
     """A named collection of documents.
 
     `path` is a file, a glob (`**` goes into folders) or a folder: .jsonl or .json (one object a
-    line), also with .gz or .zst, and .parquet, with the text under `text_key`.
-    `python_documentation` is what every Python carries: the language reference
-    behind help() (`topics`), or the docstrings of the standard library (`docstrings`).
+    line), also with .gz or .zst, and .parquet, with the text under `text_key`. `hf` is a data set
+    of the hub (owner/name@revision), and `files` are globs that say which of its files.
+    `python_documentation` is what every Python carries: the language reference behind help()
+    (`topics`), or the docstrings of the standard library (`docstrings`).
     """
 
     name: Annotated[str, Field(pattern=SOURCE_NAME)]
     path: str | None = None
+    hf: HubReference | None = None
+    files: tuple[str, ...] = ()
     python_documentation: Literal["topics", "docstrings"] | None = None
     text_key: str = "text"
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
-        if (self.path is None) == (self.python_documentation is None):
-            raise ValueError("state exactly one of path, python_documentation")
+        if [self.path, self.hf, self.python_documentation].count(None) != 2:
+            raise ValueError("state exactly one of path, hf, python_documentation")
+        if (self.hf is None) == bool(self.files):
+            raise ValueError(
+                'hf needs files, and files need hf: files: ["data/*.jsonl"] names files of the hub'
+            )
         return self
 
 
@@ -459,13 +472,14 @@ class Site(Strict):
 class User(Strict):
     """user.toml: what is yours and never in a tracked file.
 
-    `runs`, `images` and `cache` are folders; `binds` are folders that containers see as well;
-    `site` is a file's name in recipes/sites, `group` what its scheduler charges.
+    `runs`, `data`, `images` and `cache` are folders; `binds` are folders that containers see as
+    well; `site` is a file's name in recipes/sites, `group` what its scheduler charges.
     """
 
     site: str | None = None
     group: str | None = None
     runs: str | None = None
+    data: str | None = None
     images: str | None = None
     cache: str | None = None
     binds: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""The files of a source."""
+"""The files of a source, in the order in which they are read."""
 
 from __future__ import annotations
 
@@ -7,29 +7,49 @@ from pathlib import Path
 
 from tanren.config.errors import RequestError
 from tanren.config.schema import Source
+from tanren.data import hub
 
-# What lies beside the data in a folder, and is not meant when the folder is named.
-_DATA = (".jsonl", ".json", ".ndjson", ".gz", ".zst", ".parquet")
+# What documents.py reads; of a folder, these files are taken.
+SUFFIXES = (".jsonl", ".json", ".ndjson", ".gz", ".zst", ".parquet")
+
+
+def wanted_of(source: Source) -> hub.Wanted | None:
+    """What a source takes from the hub; None where it has a path or no files at all."""
+    if source.hf is None:
+        return None
+    return hub.Wanted(hub.parse(source.hf, "dataset"), source.files)
 
 
 def files_of(source: Source) -> list[Path]:
-    """The files of a source, sorted by path: those that its pattern names; of a folder, all below.
+    """The files that a source's globs match, sorted by path, with those below matched folders.
 
+    Args:
+        source: what the recipe says, its path absolute. One of Python's documentation has none.
     Raises:
-        RequestError: there is none.
+        RequestError: nothing matches, or a match is neither a file nor a folder with data.
+        hub.NotFetchedError: the source is on the hub, and not whole here.
     """
-    assert source.path is not None
-    found: list[Path] = []
-    for name in glob.glob(source.path, recursive=True):
-        path = Path(name)
-        if path.is_dir():
-            found += [p for p in path.rglob("*") if p.suffix.lower() in _DATA and p.is_file()]
-        else:
-            found.append(path)
-    if not found:
+    wanted = wanted_of(source)
+    if wanted is not None:
+        return list(hub.find(wanted).files)
+    if source.path is None:
+        return []
+    matched = [Path(name) for name in sorted(glob.glob(source.path, recursive=True))]
+    if not matched:
         raise RequestError(
-            source.path,
-            f"no file of source {source.name} is there",
+            source.path, f"no file of source {source.name} is there",
             "check the source's path (a relative one begins at the recipe's folder)",
-        )
-    return sorted(set(found))
+        )  # fmt: skip
+    return sorted({file for path in matched for file in _files_below(path, source)})
+
+
+def _files_below(path: Path, source: Source) -> list[Path]:
+    if path.is_file():
+        return [path]
+    files = [p for p in path.rglob("*") if p.name.lower().endswith(SUFFIXES) and p.is_file()]
+    if not files:
+        raise RequestError(
+            path, f"holds no data file ({', '.join(SUFFIXES)}), and source {source.name} needs one",
+            "name the files, such as FOLDER/*.jsonl",
+        )  # fmt: skip
+    return files
