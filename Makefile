@@ -11,7 +11,7 @@ options = $(if $(VARIANT),--variant '$(VARIANT)') $(if $(NAME),--name '$(NAME)')
 iteration = $(if $(ITER),--set 'iteration=$(ITER)')
 recipe = recipes/$(TASK)/$@.yaml
 
-.PHONY: help setup preprocess convert midtrain pipeline export plan build-image image-info lock shell status logs cancel test test-images test-schedulers check
+.PHONY: help setup fetch preprocess convert midtrain pipeline export plan build-image image-info lock shell status logs cancel test test-images test-schedulers check
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ help: ## this list
 
 setup: ## .venv with pinned dependencies (HOST_ONLY=1: the login node's half)
 	@bin/setup $(if $(HOST_ONLY),host,engine)
+
+fetch: ## what TASK takes from the Hugging Face hub (VERIFY=1: hash again; UPDATE=1: ask anew)
+	@bin/setup host && bin/tanren fetch recipes/$(TASK) $(if $(VARIANT),--variant '$(VARIANT)') $(if $(VERIFY),--verify) $(if $(UPDATE),--update)
 
 preprocess: ## text to tokens: tokenizer, Megatron .bin and .idx
 	@bin/setup host && bin/tanren preprocess $(recipe) $(options) $(waits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -56,6 +57,13 @@ AfterJobs = Annotated[
 Chain = Annotated[int, typer.Option("--chain", min=1, help="cut the run into so many jobs")]
 Needs = Annotated[bool, typer.Option("--needs", help="first make the missing stages it stands on")]
 Then = Annotated[Optional[str], typer.Option("--then", help="another stage to run after it")]
+
+
+class HubKind(str, Enum):
+    """What a repository of the hub holds."""
+
+    dataset = "dataset"
+    model = "model"
 
 
 def _order(
@@ -119,7 +127,7 @@ def plan(
 ) -> None:  # fmt: skip
     """Print what a stage would do, and change nothing."""
     from tanren.config.errors import RequestError
-    from tanren.launch import clusters, local, queue, submit
+    from tanren.launch import clusters, fetching, local, queue, submit
     from tanren.plan.plan import make_plan
     from tanren.report import terminal
 
@@ -150,7 +158,8 @@ def plan(
     if place:
         text = queue.script(planned.folder, place, request.task)
         scripts.insert(0, (f"job script for {place.site.scheduler}", text))
-    terminal.print_plan(planned, state, place, scripts, terminal.console())
+    notes = fetching.notes(request.recipe, request.task)
+    terminal.print_plan(planned, state, place, notes, scripts, terminal.console())
     if refusal is not None:
         raise refusal
 
@@ -178,6 +187,42 @@ def mix(
     table.print_mix(mixture, read, screen)
     for note in notes:
         screen.print(f"note: {note}", markup=False)
+
+
+@app.command(epilog="Example: bin/tanren fetch recipes/tiny")
+def fetch(
+    targets: Annotated[
+        list[str],
+        typer.Argument(metavar="TARGET...", help="recipes, recipes/TASK, hf:owner/name@revision"),
+    ],
+    variant: Variant = None,
+    files: Annotated[
+        Optional[list[str]],
+        typer.Option("--files", help="of hf:..., a glob; ** spans folders; repeatable"),
+    ] = None,
+    kind: Annotated[
+        HubKind, typer.Option("--kind", help="of hf:..., dataset or model")
+    ] = HubKind.dataset,
+    verify: Annotated[bool, typer.Option("--verify", help="hash again what is there")] = False,
+    update: Annotated[
+        bool, typer.Option("--update", help="ask anew what branches and tags are")
+    ] = False,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="files at a time")] = 8,
+) -> None:
+    """Fetch what recipes take from the Hugging Face hub; what is there is not fetched again."""
+    from tanren.launch import fetching
+    from tanren.report import terminal
+
+    screen = terminal.console()
+    wanted = fetching.of_targets(targets, variant, kind.value, tuple(files or ()))
+    for one in wanted:
+        found = fetching.fetch_shown(
+            one, lambda: terminal.fetching(screen), screen.print,
+            workers=workers, verify=verify, update=update,
+        )  # fmt: skip
+        screen.print(f"  {found.folder}", markup=False)
+    if not wanted:
+        screen.print("nothing to fetch: these recipes take nothing from the hub")
 
 
 image = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Container images.")
@@ -296,7 +341,7 @@ def _stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
     Returns:
         the scheduler's jobs of the stage; none where it ran here or is done.
     """
-    from tanren.launch import clusters, native, submit
+    from tanren.launch import clusters, fetching, native, submit
     from tanren.plan.plan import make_plan
     from tanren.report import terminal
 
@@ -323,6 +368,9 @@ def _stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
     for note in planned.notes:
         screen.print(f"note: {note}", markup=False, highlight=False)
     submit.check_disk(planned)
+    if fetching.fetch_missing(request.recipe, lambda: terminal.fetching(screen), screen.print):
+        request = submit.read_request(order)
+        planned = make_plan(request)
     inside = submit.container_for(order, request)
     if inside is None:
         native.complete()

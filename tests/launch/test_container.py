@@ -35,8 +35,9 @@ def inside(binary: str, *, gpu: bool, binds: tuple[tuple[Path, bool], ...]) -> C
     return Container(runtime, Path("/images/train.sif"), LOCK, gpu, binds)
 
 
-def test_the_whole_script_of_a_gpu_stage_in_an_image() -> None:
+def test_the_whole_script_of_a_gpu_stage_in_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a job of ABCI 3.0 would hold it: SingularityCE, two GPUs, Lustre folders."""
+    monkeypatch.setenv("DATA", "/groups/gaa50000/data")
     repository_text = str(repository())
     binds = ((Path("/groups/gaa50000/runs"), True), (repository(), False))
     launch = Launch(engine=True, processes=2, device="cuda")
@@ -52,6 +53,7 @@ export APPTAINERENV_PYTHONNOUSERSITE=1 SINGULARITYENV_PYTHONNOUSERSITE=1
 export APPTAINERENV_PYTHONUNBUFFERED=1 SINGULARITYENV_PYTHONUNBUFFERED=1
 export APPTAINERENV_OMP_NUM_THREADS=8 SINGULARITYENV_OMP_NUM_THREADS=8
 export APPTAINERENV_TOKENIZERS_PARALLELISM=true SINGULARITYENV_TOKENIZERS_PARALLELISM=true
+export APPTAINERENV_DATA=/groups/gaa50000/data SINGULARITYENV_DATA=/groups/gaa50000/data
 export APPTAINERENV_CUDA_DEVICE_MAX_CONNECTIONS=1 SINGULARITYENV_CUDA_DEVICE_MAX_CONNECTIONS=1
 for name in {" ".join(container.PASSED)} "${{!FI_@}}" "${{!GLOO_@}}" "${{!NCCL_@}}" \
 "${{!UCX_@}}"; do

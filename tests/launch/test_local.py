@@ -23,6 +23,7 @@ RUN = RunFolder(Path("/runs/with a space/midtrain"))
 
 def test_the_whole_script_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setenv("DATA", "/a disk/data")
     launch = Launch(engine=True, processes=2, device="cpu")
     command = f"exec {sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
     expected = f"""\
@@ -34,6 +35,7 @@ export PYTHONNOUSERSITE=1
 export PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=4
 export TOKENIZERS_PARALLELISM=true
+export DATA='/a disk/data'
 export CUDA_VISIBLE_DEVICES=''
 export TORCHDYNAMO_DISABLE=1
 {command} -m tanren.stages '/runs/with a space/midtrain/plan.json' 3

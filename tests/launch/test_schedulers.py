@@ -34,6 +34,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TANREN_USER", "TANREN_CACHE", "HF_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("IMAGES", "/groups/g/images")
+    monkeypatch.setenv("DATA", "/groups/g/data")
 
 
 def tail(seconds: int, *words: str) -> list[str]:
@@ -41,6 +42,7 @@ def tail(seconds: int, *words: str) -> list[str]:
         f"export TANREN_PYTHON={sys.executable}",
         "export RUNS=/groups/g/runs",
         "export IMAGES=/groups/g/images",
+        "export DATA=/groups/g/data",
         f"export TANREN_DEADLINE=$(($(date +%s) + {seconds}))",
         " ".join([f"exec {repository()}/bin/tanren job {RUN.root}", *words]),
     ]
@@ -71,7 +73,7 @@ def test_the_whole_script_for_abci() -> None:
 def test_the_whole_script_for_abci_with_a_reservation_and_as_a_part_of_a_chain() -> None:
     lines = script(place("abci3", hours=1, reservation="R1234"), segment=3)
     assert lines[3:6] == ["#PBS -q R1234", "#PBS -v RTYPE=rt_HF", "#PBS -l select=1"]
-    assert lines[-5:] == tail(3060, "--segment", "3")
+    assert lines[-6:] == tail(3060, "--segment", "3")
 
 
 def test_the_whole_script_for_tsubame() -> None:

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from tanren import runs
+from tanren.data.fetch import Progress
 from tanren.plan.paths import RunFolder
 from tanren.report import terminal
 from tests.plan.test_plan import midtrain
@@ -75,3 +76,26 @@ def test_a_terminal_gets_a_bar_that_fits(tmp_path: Path) -> None:
     watcher.bar.refresh()
     watcher.close()
     assert "step 160/320  loss 5.432  12,346 tokens/s  1:20 left" in screen.getvalue()
+
+
+def test_a_fetch_in_a_pipe_says_now_and_then_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(terminal, "PLAIN_SECONDS", -1.0)
+    text = io.StringIO()
+    with terminal.fetching(Console(file=text, soft_wrap=True)) as report:
+        report(Progress("asking the hub"))
+        report(Progress("fetching o/a", files=2, total_files=5, bytes=2**29, total_bytes=3 * 2**30))
+    assert text.getvalue().splitlines() == [
+        "  asking the hub",
+        "  fetching o/a (2/5 files), 0.50 of 3.00 GiB",
+    ]
+
+
+def test_a_fetch_on_a_terminal_has_a_bar() -> None:
+    text = io.StringIO()
+    with terminal.fetching(Console(file=text, force_terminal=True, width=160)) as report:
+        report(Progress("asking the hub"))
+        report(Progress("fetching o/a", files=2, total_files=5, bytes=2**20, total_bytes=2**22))
+    assert "fetching o/a (2/5 files)" in text.getvalue()
+    assert "1.0/4.2 MB" in text.getvalue()

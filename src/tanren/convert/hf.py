@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 from tanren.config.errors import RequestError, WorkError
 from tanren.config.schema import Model
 from tanren.convert import llama
+from tanren.data import hub
 from tanren.data import tokenizer as tokenizers
+from tanren.data.fetch import fetch
 from tanren.plan.paths import PARTIAL
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -33,31 +35,15 @@ def locate(source: str) -> Path:
     Args:
         source: a path, `owner/name`, or `owner/name@revision`.
     Raises:
-        RequestError: there is no such folder and the hub cannot be asked.
+        RequestError: there is no such folder, and the hub does not give it either.
+        WorkError: the hub does not answer.
     """
     path = Path(source).expanduser()
     if path.is_dir():
         return path.resolve()
     if path.is_absolute() or source.startswith("."):
         raise RequestError(path, "there is no such folder", "check the path of the base model")
-    import huggingface_hub
-
-    name, _, revision = source.partition("@")
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name,
-                revision=revision or None,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"],
-            )
-        )
-    except Exception as error:  # the hub's client raises many kinds for one thing
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RequestError(
-            f"hf:{source}",
-            f"is no folder here, and the hub does not give it: {reason}",
-            "name a folder that holds the model, or check the name, the network and HF_TOKEN",
-        ) from None
+    return fetch(hub.model_of(source)).folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:

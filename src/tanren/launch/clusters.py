@@ -10,7 +10,7 @@ from pathlib import Path
 from tanren import runs
 from tanren.config.errors import RequestError, TanrenError
 from tanren.config.load import read_recipe, read_user, recipe_path
-from tanren.launch import container, queue, submit
+from tanren.launch import container, fetching, queue, submit
 from tanren.launch.submit import Order, shown
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import Request, make_plan, read_plan, reference, references
@@ -53,6 +53,8 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
     request = submit.read_request(order, queue.machine_of(place))
     # Before anything is submitted: what does not fit is refused here.
     plan = make_plan(request)
+    if not submit.look(plan).done:
+        _refuse_unfetched(order, request, needs)
     waits, made_first = list(order.after), []
     for wanted in references(request.recipe):
         its_jobs = _needed(order, request, wanted, needs, say)
@@ -84,6 +86,13 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
     say(f"  log      {shown(plan.folder.root / 'log')}   (make status; make logs RUN="
         f"{request.task}/{plan.folder.root.name})")  # fmt: skip
     return sent.ids
+
+
+def _refuse_unfetched(order: Order, request: Request, needs: bool) -> None:
+    """Before anything is submitted: what any of its stages takes from the hub must be here."""
+    fetching.refuse_missing(request.recipe, request.task)
+    for needed in submit.missing(order, request) if needs else ():
+        _refuse_unfetched(needed, submit.read_request(needed, request.machine), needs)
 
 
 def _needed(

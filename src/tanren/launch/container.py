@@ -20,6 +20,7 @@ from pathlib import Path
 from tanren.config.errors import RequestError
 from tanren.config.load import read_user, repository
 from tanren.config.schema import Recipe
+from tanren.data import hub
 from tanren.images.build import Builder, Places
 from tanren.images.definition import IMAGES, Image, image_named
 from tanren.images.lock import Lock, check_definition, image_file
@@ -147,6 +148,8 @@ def binds(
 ) -> tuple[tuple[Path, bool], ...]:
     """The folders that a run needs: the repository, the runs, what the recipe and the user name.
 
+    Fetched data is there in every run: a later stage takes tokenizer and config from the base.
+
     Raises:
         RequestError: a folder is not there.
     """
@@ -162,6 +165,8 @@ def binds(
     for pattern in inputs.paths(recipe) if recipe is not None else ():
         for folder in _folders_behind(pattern):
             found.setdefault(folder, False)
+    if hub.data_root().is_dir():
+        found.setdefault(hub.data_root(), False)
     # A parent first: what lies in it is mounted over it.
     return tuple(sorted(found.items()))
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from tanren.config.errors import RequestError
 from tanren.config.schema import SOURCE_NAME, Convert, Midtrain, Preprocess, Recipe
-from tanren.data.sources import files_of
+from tanren.data import hub, sources
 
 R = TypeVar("R", bound=Recipe)
 _MODEL_FILES = ("*.json", "*.safetensors", "*.model")
@@ -60,20 +60,46 @@ def paths(recipe: Recipe) -> list[str]:
     if isinstance(recipe, Preprocess):
         found += [source.path for source in recipe.sources]
         found.append(recipe.tokenizer.path)
-    base = getattr(recipe, "source", None) or getattr(recipe, "init", None) or ""
-    kind, _, where = base.partition(":")
+    kind, _, where = _base(recipe).partition(":")
     if kind in ("hf", "checkpoint") and where.startswith("/"):
         found.append(glob.escape(where))
     return [path for path in found if path is not None]
 
 
-def marks(recipe: Recipe) -> dict[str, str]:
+def hub_parts(recipe: Recipe) -> dict[str, hub.Wanted]:
+    """What a recipe takes from the hub, by its part in the recipe.
+
+    Raises:
+        RequestError: a base is neither a path nor a repository.
+    """
+    found = {}
+    if isinstance(recipe, Preprocess):
+        if recipe.tokenizer.hf is not None:
+            found["tokenizer"] = hub.tokenizer_of(recipe.tokenizer.hf)
+        for source in recipe.sources:
+            wanted = sources.wanted_of(source)
+            if wanted is not None:
+                found[source.name] = wanted
+    base = _base(recipe)
+    if base.startswith("hf:") and not base.startswith("hf:/"):
+        found["base"] = hub.model_of(base)
+    return found
+
+
+def _base(recipe: Recipe) -> str:
+    """What a recipe starts from; empty for one that has no base."""
+    return getattr(recipe, "source", None) or getattr(recipe, "init", None) or ""
+
+
+def marks(recipe: Recipe) -> dict[str, str | None]:
     """What the recipe's own files look like now, by their part in the recipe.
+
+    None stands for what is not fetched yet.
 
     Raises:
         RequestError: a source matches no file, or a folder is not there.
     """
-    found = {}
+    found: dict[str, str | None] = {}
     if isinstance(recipe, Preprocess):
         if recipe.tokenizer.path is not None:
             path = Path(recipe.tokenizer.path)
@@ -82,10 +108,15 @@ def marks(recipe: Recipe) -> dict[str, str]:
             )
         for source in recipe.sources:
             if source.path is not None:
-                found[source.name] = _mark(files_of(source))
-    base = getattr(recipe, "source", None) or getattr(recipe, "init", None) or ""
+                found[source.name] = _mark(sources.files_of(source))
+    base = _base(recipe)
     if base.startswith("hf:/"):
         found["base"] = _mark_of_folder(Path(base.removeprefix("hf:")), "the base model's")
+    for part, wanted in hub_parts(recipe).items():
+        try:
+            found[part] = hub.find(wanted).mark
+        except hub.NotFetchedError:
+            found[part] = None
     return found
 
 

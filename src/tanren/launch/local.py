@@ -20,6 +20,7 @@ import psutil
 from tanren import runs
 from tanren.config.errors import EXIT_STOPPED, TanrenError, WorkError
 from tanren.config.load import repository
+from tanren.data import hub
 from tanren.launch import container
 from tanren.launch.container import Container
 from tanren.plan.paths import RunFolder
@@ -69,6 +70,8 @@ def script(
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "true",
+        # Said here: inside a container user.toml may be another, and so is the home.
+        "DATA": str(hub.data_root()),
     }
     if launch.device == "cpu":
         # GPUs that the plan does not use must not be found by torch either.

@@ -25,6 +25,7 @@ from tanren import runs
 from tanren.config.errors import RequestError, TanrenError, WorkError
 from tanren.config.load import read_site, repository, sites
 from tanren.config.schema import STAGES, Model, Recipe, Strict, User
+from tanren.data import hub
 from tanren.launch import container, scheduler
 from tanren.launch.scheduler import After, JobRequest, State
 from tanren.launch.submit import Order, shown
@@ -143,6 +144,7 @@ def script(folder: RunFolder, place: Place, task: str, segment: int = 1) -> str:
         "TANREN_PYTHON": sys.executable,
         "RUNS": str(folder.root.parents[1]),
         "IMAGES": str(container.images_folder()),
+        "DATA": str(hub.data_root()),
     }
     for name in ("TANREN_USER", "TANREN_CACHE", "HF_HOME"):
         if name in os.environ:

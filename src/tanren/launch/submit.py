@@ -250,7 +250,9 @@ def changed_files(request: Request) -> list[RequestError]:
             continue
         was = before.settings.get("inputs", {})
         changes = [
-            f"{key} {was.get(key)} then, {now[key]} now" for key in now if was.get(key) != now[key]
+            f"{key} {was.get(key)} then, {mark} now"
+            for key, mark in now.items()
+            if mark is not None and was.get(key) != mark
         ]
         if changes:
             found.append(

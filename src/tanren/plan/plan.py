@@ -104,8 +104,8 @@ class Request:
     name: str | None = None
     model: Model | None = None
     products: Mapping[str, Product] = field(default_factory=dict)
-    # A mark of each file that the recipe names, by its part in the recipe.
-    inputs: Mapping[str, str] = field(default_factory=dict)
+    # A mark of each file that the recipe names, by its part in the recipe; None before it is there.
+    inputs: Mapping[str, str | None] = field(default_factory=dict)
     # The table that a mix names: tokens by source.
     counts: Mapping[str, int] | None = None
     # What this run's own folder holds; None for a new run.

@@ -13,14 +13,20 @@ import orjson
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     Progress,
     SpinnerColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 from tanren import runs
+from tanren.config.schema import Source
+from tanren.data.fetch import Progress as Fetching
+from tanren.data.fetch import Report
 from tanren.images.lock import Lock
 from tanren.launch.clusters import Row
 from tanren.launch.submit import shown
@@ -186,8 +192,9 @@ def _training_summary(plan: MidtrainPlan, result: dict[str, Any], screen: Consol
 
 
 def print_plan(
-    plan: Plan, state: str, place: Place | None, scripts: list[tuple[str, str]], screen: Console
-) -> None:
+    plan: Plan, state: str, place: Place | None, notes: list[str],
+    scripts: list[tuple[str, str]], screen: Console,
+) -> None:  # fmt: skip
     """The plan as a person reads it, and the scripts that would run."""
     variant = f" variant {plan.variant}" if plan.variant else ""
     rows = [
@@ -203,10 +210,7 @@ def print_plan(
     elif isinstance(plan, ExportPlan):
         rows.append(("checkpoint", f"{shown(plan.source)}, iteration {plan.iteration}"))
     else:
-        rows += [
-            (f"source {source.name}", source.path or f"Python's {source.python_documentation}")
-            for source in plan.recipe.sources
-        ]
+        rows += [(f"source {source.name}", _origin(source)) for source in plan.recipe.sources]
     launch = plan.launch
     if place is None:
         rows.append(("processes", f"{launch.processes} on this machine ({launch.device})"))
@@ -217,6 +221,7 @@ def print_plan(
             jobs = -(-hours // place.hours)
             rows.append(("too short", f"the run takes about {hours:.1f} hours: CHAIN={jobs:.0f}, "
                          "or more HOURS="))  # fmt: skip
+    rows += [("note", note) for note in notes]
     width = max(len(name) for name, _ in rows) + 2
     for name, value in rows:
         # Whole lines: a path that is cut cannot be copied.
@@ -226,6 +231,12 @@ def print_plan(
     for title, script in scripts:
         screen.print(title, style="bold")
         screen.print(script.rstrip(), markup=False, style="dim")
+
+
+def _origin(source: Source) -> str:
+    if source.hf is not None:
+        return f"hf:{source.hf} {' '.join(source.files)}"
+    return source.path or f"Python's {source.python_documentation}"
 
 
 def _place_rows(place: Place, launch: Launch) -> list[tuple[str, str]]:
@@ -356,6 +367,34 @@ def working(screen: Console) -> Iterator[Callable[[str], None]]:
             screen.print(f"  {clock(time.monotonic() - began):>5}  {doing}")
 
     yield report
+
+
+@contextmanager
+def fetching(screen: Console) -> Iterator[Report]:
+    """How far a fetch is: a bar on a terminal, a line now and then elsewhere."""
+    if screen.is_terminal:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24),
+                   DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())  # fmt: skip
+        with Progress(*columns, console=screen, transient=True) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda now: bar.update(
+                task, description=_fetched(now), completed=now.bytes, total=now.total_bytes or None
+            )
+        return
+    last = time.monotonic()
+
+    def report(now: Fetching) -> None:
+        nonlocal last
+        if time.monotonic() - last > PLAIN_SECONDS:
+            last = time.monotonic()
+            sizes = f", {now.bytes / 2**30:,.2f} of {now.total_bytes / 2**30:,.2f} GiB"
+            screen.print(f"  {_fetched(now)}{sizes if now.total_bytes else ''}", markup=False)
+
+    yield report
+
+
+def _fetched(now: Fetching) -> str:
+    return f"{now.doing} ({now.files}/{now.total_files} files)" if now.total_files else now.doing
 
 
 def print_image(

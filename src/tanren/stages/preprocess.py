@@ -12,7 +12,7 @@ from pathlib import Path
 from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.config.schema import Preprocess, Source
-from tanren.data import tokenize
+from tanren.data import hub, tokenize
 from tanren.data import tokenizer as tokenizers
 from tanren.data.documents import documents, units
 from tanren.data.shards import Settings
@@ -71,11 +71,17 @@ def _tokenizer(recipe: Preprocess, folder: RunFolder) -> tokenizers.Tokenizer:
         logger.info("training a tokenizer of %d pieces", size)
         texts = (text for source in recipe.sources for text in _texts(source, recipe.on_error))
         return tokenizers.train(texts, size, folder.tokenizer)
-    assert recipe.tokenizer.path is not None
-    original = Path(recipe.tokenizer.path)
+    original = _original_tokenizer(recipe)
     tokenizers.read(original)
     tokenizers.copy(original, folder.tokenizer)
     return tokenizers.read(folder.tokenizer)
+
+
+def _original_tokenizer(recipe: Preprocess) -> Path:
+    if recipe.tokenizer.path is not None:
+        return Path(recipe.tokenizer.path)
+    assert recipe.tokenizer.hf is not None
+    return hub.find(hub.tokenizer_of(recipe.tokenizer.hf)).folder
 
 
 def _texts(source: Source, on_error: str) -> Iterator[str]:
