@@ -53,7 +53,8 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
     request = submit.read_request(order, queue.machine_of(place))
     # Before anything is submitted: what does not fit is refused here.
     plan = make_plan(request)
-    if not submit.look(plan).done:
+    start = submit.look(plan)
+    if not start.done:
         _refuse_unfetched(order, request, needs)
     waits, made_first = list(order.after), []
     for wanted in references(request.recipe):
@@ -62,7 +63,6 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
             waits += its_jobs
             name = reference(wanted, order.variant, order.name)
             made_first.append(request.products[name].folder.root)
-    start = submit.look(plan)
     if start.done:
         say(f"{plan.stage} is done: {shown(plan.run)}")
         return ()
