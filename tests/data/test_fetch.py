@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 from tanren.config.errors import EXIT_FAILED, EXIT_REQUEST, RequestError, TanrenError
 from tanren.config.load import repository
-from tanren.data import fetch, hub, tokenizer
+from tanren.data import fetch, hub
 from tanren.data.hub import Fetched, Wanted
 from tests.conftest import Tanren, end_group, wait_for
 from tests.data.fake_hub import TOKEN, Hub, commit_of
@@ -187,10 +187,6 @@ def test_a_tokenizer_takes_what_its_repository_has(fake_hub: Hub) -> None:
     assert names(found) == ["tokenizer.json", "tokenizer_config.json"]
     assert fetch.fetch(hub.model_of("hf:o/base")).folder == found.folder
     assert "no file matches tokenizer.json or" in refusal(hub.tokenizer_of("hf:o/empty")).problem
-
-
-def test_every_file_of_a_tokenizer_is_fetched() -> None:
-    assert [name for name in tokenizer.FILES if not hub.tokenizer_of("o/a").matches(name)] == []
 
 
 def test_a_login_is_asked_for_and_never_shown(

@@ -26,11 +26,12 @@ from tanren.config.load import read_user, repository
 from tanren.config.schema import HUB_REFERENCE, Strict
 
 Kind = Literal["dataset", "model"]
+# What belongs to a tokenizer in a model's folder; some come with a class of their own.
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*.model",
-    "chat_template.jinja",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "*.model", "*tokenizer*.py", "chat_template.jinja",
 )  # fmt: skip
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*tokenizer*.py")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 

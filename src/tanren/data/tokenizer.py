@@ -20,18 +20,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tanren.config.errors import RequestError
+from tanren.data.hub import TOKENIZER_FILES
 
 BOS, EOS = "<s>", "</s>"
-# What belongs to a tokenizer in a model's folder; some come with a class of their own.
-PATTERNS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.model",
-    "*tokenizer*.py",
-    "chat_template.jinja",
-)
 Ids = npt.NDArray[np.int32]
 # Text on which two kinds of the same tokenizer are held against each other.
 _PROBES = (
@@ -253,7 +244,9 @@ def train(texts: Iterable[str], vocabulary_size: int, folder: Path) -> Tokenizer
 def copy(source: Path, destination: Path) -> None:
     """Copy a tokenizer's files: those of a Hugging Face folder, or one SentencePiece model."""
     destination.mkdir(parents=True, exist_ok=True)
-    folder, patterns = (source.parent, (source.name,)) if source.is_file() else (source, PATTERNS)
+    folder, patterns = (
+        (source.parent, (source.name,)) if source.is_file() else (source, TOKENIZER_FILES)
+    )
     for pattern in patterns:
         for path in folder.glob(pattern):
             if path.is_file():
