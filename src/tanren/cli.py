@@ -225,6 +225,45 @@ def fetch(
         screen.print("nothing to fetch: these recipes take nothing from the hub")
 
 
+@app.command(
+    epilog="Example: bin/tanren tokenize --input 'text/*.jsonl.gz' --tokenizer llm-jp.model "
+    "--output-prefix tokens/web --append-eod"
+)
+def tokenize(
+    input_: Annotated[str, typer.Option("--input", help="a file, a quoted glob, or a folder")],
+    tokenizer: Annotated[
+        Path, typer.Option("--tokenizer", help="a Hugging Face folder, or a SentencePiece model")
+    ],
+    output_prefix: Annotated[Path, typer.Option("--output-prefix", help="of the .bin and .idx")],
+    workers: Annotated[
+        Optional[int], typer.Option("--workers", min=1, help="processes; without it one a core")
+    ] = None,
+    append_eod: Annotated[bool, typer.Option("--append-eod", help="after each document")] = False,
+    prepend_bos: Annotated[bool, typer.Option("--prepend-bos", help="before each one")] = False,
+    text_key: Annotated[str, typer.Option("--text-key", help="where a line has its text")] = "text",
+    skip: Annotated[
+        bool, typer.Option("--skip-errors", help="pass over lines that are no documents")
+    ] = False,
+) -> None:
+    """Text to Megatron's .bin/.idx by hand, without a recipe; the same command again goes on."""
+    from tanren.launch import native
+    from tanren.report import terminal
+
+    native.complete()
+    from tanren.data import tokenize as tokenizing
+    from tanren.data.shards import Settings
+
+    settings = Settings(append_eod, prepend_bos, "skip" if skip else "stop")
+    screen = terminal.console()
+    with terminal.working(screen) as report:
+        made = tokenizing.by_hand(
+            input_, tokenizer, output_prefix, settings, text_key=text_key,
+            workers=workers or tokenizing.cores(), watch=lambda now: report(now.text()),
+        )  # fmt: skip
+    screen.print(f"{made.documents:,} documents, {made.tokens:,} tokens: {output_prefix}.bin, .idx"
+                 f"   ({made.empty:,} empty, {made.skipped:,} lines passed over)")  # fmt: skip
+
+
 image = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Container images.")
 app.add_typer(image, name="image")
 ImageName = Annotated[

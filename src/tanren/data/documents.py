@@ -24,7 +24,7 @@ from tanren.data.sources import files_of
 
 # Text that one worker turns into one shard. Large enough that a worker's start does not count,
 # small enough that the last ones end together.
-UNIT_BYTES = 64 << 20
+UNIT_BYTES = 16 << 20
 _BLOCK = 1 << 20
 # sentencepiece and Megatron's index count a document in signed 32-bit numbers.
 MAX_DOCUMENT_BYTES = 2**31 - 1

@@ -47,15 +47,17 @@ class Writer:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         self._bin = _partial(bin_path(prefix)).open("wb")
 
-    def add(self, documents: list[npt.NDArray[Any]]) -> None:
-        """Append documents of token ids."""
-        tokens = np.concatenate(documents)
+    def add(self, pieces: Sequence[npt.NDArray[Any]], lengths: Sequence[int]) -> None:
+        """Append documents of these lengths, whose token ids are the pieces joined."""
+        if not pieces:
+            return
+        tokens = np.concatenate(pieces)
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocabulary_size:
             raise OverflowError(
                 f"tokens {tokens.min()} to {tokens.max()} of a vocabulary of {self.vocabulary_size}"
             )
         self._bin.write(tokens.astype(self.dtype, copy=False).tobytes())
-        self.lengths.extend(map(len, documents))
+        self.lengths.extend(lengths)
 
     def close(self) -> Counts:
         """Write the index and give both files their names."""
@@ -154,5 +156,5 @@ def write(prefix: Path, documents: Iterable[Sequence[int]], vocabulary_size: int
     """Write documents of token ids as PREFIX.bin and PREFIX.idx."""
     writer = Writer(prefix, vocabulary_size)
     for document in documents:
-        writer.add([np.asarray(document, dtype=np.int64)])
+        writer.add([np.asarray(document, dtype=np.int64)], [len(document)])
     return writer.close()

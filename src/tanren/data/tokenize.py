@@ -52,6 +52,12 @@ class Progress:
     tokens: int
     seconds: float
 
+    def text(self) -> str:
+        speed = self.tokens / max(self.seconds, 1e-9)
+        return (
+            f"{self.doing} {self.done}/{self.total}  {self.tokens:,} tokens  {speed:,.0f} tokens/s"
+        )
+
 
 @dataclass(frozen=True)
 class Job:
@@ -96,6 +102,29 @@ def run(job: Job, watch: Callable[[Progress], None]) -> list[Made]:
         path.unlink()
     job.shards.rmdir()
     return joined
+
+
+def by_hand(
+    path: str, tokenizer_path: Path, prefix: Path, settings: Settings, *, text_key: str,
+    workers: int, watch: Callable[[Progress], None],
+) -> Made:  # fmt: skip
+    """Tokenize files that no recipe names.
+
+    Raises:
+        RequestError: as `run`; or another process is at the same files, or there is no BOS.
+    """
+    found = tokenizer.read(tokenizer_path)
+    if settings.prepend_bos and found.bos is None:
+        raise RequestError(tokenizer_path, "names no bos_token", "leave --prepend-bos out")
+    source = Source(name=prefix.name, path=path, text_key=text_key)
+    job = Job(
+        sources=(source,), prefixes=(prefix,), tokenizer=tokenizer_path, settings=settings,
+        shards=prefix.with_name(f"{prefix.name}.shards"), workers=workers,
+    )  # fmt: skip
+    units(source)  # a source that is not there leaves nothing behind
+    with runs.locked(job.shards / ".lock"):
+        [made] = run(job, watch)
+    return made
 
 
 def no_text(source: Source) -> RequestError:
