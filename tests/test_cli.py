@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,19 @@ def test_a_recipe_runs_as_a_program_from_any_folder(bare: Tanren, tmp_path: Path
     assert done.returncode == 2
     assert "stands on preprocess, which has not been made" in done.stderr
     assert "bin/tanren preprocess" in done.stderr
+
+
+def test_a_variants_file_is_the_variant(bare: Tanren, tmp_path: Path) -> None:
+    shutil.copytree(RECIPES, tmp_path / "tiny")
+    variant = tmp_path / "tiny" / "midtrain.big.yaml"
+    variant.write_text("base: midtrain.yaml\nsteps: 400\n")
+    for words in ((str(variant),), (str(RECIPES / "midtrain.yaml"),)):
+        done = bare("plan", *words)
+        assert done.code == 0, done.text
+        ending = "midtrain.big" if words[0] == str(variant) else "midtrain"
+        assert done.out.splitlines()[0].split()[-1] == str(bare.runs / "tiny" / ending)
+    done = bare("midtrain", str(variant))
+    assert f"tanren: {bare.runs / 'tiny' / 'midtrain.big'}: stands on preprocess" in done.err
 
 
 def make(*words: str) -> list[str]:

@@ -77,6 +77,9 @@ def _order(
     from tanren.plan.site import Wish
 
     own = [text for text in sets or [] if text.startswith("user.")]
+    stage, dot, named = recipe.stem.partition(".")
+    if dot and variant is None:  # midtrain.50B.yaml as a program is midtrain.yaml's variant 50B
+        recipe, variant = recipe.with_name(f"{stage}{recipe.suffix}"), named
     return Order(
         recipe, variant, name,
         assignments=tuple(text for text in sets or [] if text not in own),
