@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 MAKEFILE = (REPOSITORY / "Makefile").read_text()
 ROOTS: dict[str, type[BaseModel]] = {**STAGES, "model": Model, "site": Site, "user": User}
 # What a recipe's field may be set to, said beside the field.
-VALUES = {"delayed", "init: scratch"}
+VALUES = {"delayed", "init: scratch", "init: given"}
 
 
 def rows() -> list[tuple[str, str, str]]:

@@ -391,6 +391,7 @@ def _stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
     if place is not None:
         return clusters.send(order, place, needs, screen.print)
     request = submit.read_request(order)
+    submit.refuse_given(order, request.recipe)
     if needs:
         for needed in submit.missing(order, request):
             _stage(needed, True, screen)
@@ -451,6 +452,7 @@ def pipeline(
 
     from tanren.config.errors import RequestError
     from tanren.config.schema import STAGES
+    from tanren.launch import submit
     from tanren.plan.paths import PREPARING_STAGES, TRAINING_STAGES
     from tanren.plan.site import Wish
     from tanren.report import terminal
@@ -463,7 +465,7 @@ def pipeline(
             )
     given = _order(task / "stage.yaml", variant, name, set_, runtime, bind, site, nodes, hours,
                    type_, reservation, after, chain)  # fmt: skip
-    screen = terminal.console()
+    orders = []
     for number, stage in enumerate(wanted):
         order = replace(given, recipe_file=task / f"{stage}.yaml", plain_if_absent=True)
         if stage not in TRAINING_STAGES:
@@ -472,6 +474,10 @@ def pipeline(
             order = replace(order, variant=None, name=None)
         if number:
             order = replace(order, after=())
+        submit.refuse_given(order, submit.recipe_of(order)[1])
+        orders.append(order)
+    screen = terminal.console()
+    for order in orders:
         _stage(order, False, screen)
 
 

@@ -149,7 +149,9 @@ def test_padded_vocabulary(size: int, padded: int) -> None:
     assert read(Model, TINY | {"vocabulary_size": size}).padded_vocabulary == padded
 
 
-PATTERN = "String should match pattern '^(scratch|(hf|checkpoint):\\S.*|stage:[A-Za-z0-9._-]+)$'"
+PATTERN = (
+    "String should match pattern '^(scratch|given|(hf|checkpoint):\\S.*|stage:[A-Za-z0-9._-]+)$'"
+)
 TEXT = "Input should be a valid string"
 
 
@@ -157,6 +159,7 @@ TEXT = "Input should be a valid string"
     ("init", "value"),
     [
         ("scratch", "scratch"),
+        ("given", "given"),
         ("hf:llm-jp/llm-jp-4-8b", "hf:llm-jp/llm-jp-4-8b"),
         ({"hf": "/disk/a model"}, "hf:/disk/a model"),
         ({"checkpoint": "/disk/c"}, "checkpoint:/disk/c"),
@@ -171,8 +174,9 @@ def test_init(init: object, value: str) -> None:
 @pytest.mark.parametrize(
     ("init", "message"),
     [
-        ("", PATTERN), ("random", PATTERN), ("scratch:a", PATTERN), ("hf", PATTERN),
-        ("hf:", PATTERN), ("hf: a", PATTERN), ("stage:", PATTERN), ("stage:a/b", PATTERN),
+        ("", PATTERN), ("random", PATTERN), ("scratch:a", PATTERN), ("given:a", PATTERN),
+        ("hf", PATTERN), ("hf:", PATTERN), ("hf: a", PATTERN), ("stage:", PATTERN),
+        ("stage:a/b", PATTERN),
         ({"nemo": "a"}, PATTERN), ({"scratch": "a"}, PATTERN), ("my scratch", PATTERN),
         ({"hf": "a", "stage": "b"}, TEXT), ({}, TEXT), (["hf", "a"], TEXT), (None, TEXT),
     ],

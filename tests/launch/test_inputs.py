@@ -43,6 +43,7 @@ def midtrain(init: str) -> Midtrain:
         ("checkpoint:~/iter_0000500", "checkpoint:{home}/iter_0000500"),
         ("stage:convert", "stage:convert"),
         ("scratch", "scratch"),
+        ("given", "given"),
     ],
 )
 def test_paths_begin_at_the_recipes_folder(

@@ -113,6 +113,17 @@ def test_one_command_submits_the_road_with_its_dependencies(empty: Cluster) -> N
     assert "export NCCL_DEBUG=WARN" in script
 
 
+def test_nothing_is_submitted_for_a_base_that_is_still_to_be_given(empty: Cluster) -> None:
+    for words in (("midtrain", str(RECIPES / "midtrain.yaml"), "--needs"),
+                  ("pipeline", str(RECIPES), "--stages", "preprocess,midtrain")):  # fmt: skip
+        done = empty.tanren(*words, "--type", "cpu", sets=("init=given",))
+        assert done.code == 2, done.text
+        assert "midtrain.yaml: init: is `given`" in done.err
+        assert 'next: SET="init=hf:/FOLDER" or SET="init=checkpoint:' in done.err
+    assert not empty.queue.exists()
+    assert not empty.runs.exists()
+
+
 def test_a_pipeline_submits_the_stages_that_are_named(empty: Cluster) -> None:
     done = empty.tanren(
         "pipeline", str(RECIPES), "--stages", "preprocess,convert,midtrain,export", "--name", "a",

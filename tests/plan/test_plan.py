@@ -86,6 +86,17 @@ def midtrain(*sets: str, **fields: Any) -> MidtrainPlan:
 
 def test_a_base_of_a_stage_becomes_its_checkpoint() -> None:
     plan = midtrain()
+def test_a_base_to_be_given_is_planned_without_it() -> None:
+    plan = midtrain("init=given")
+    assert (plan.start, plan.hf_source) == ("given", None)
+    assert plan.notes == (
+        "the base is yours to give, and nothing starts without it: "
+        'SET="init=hf:/FOLDER" or SET="init=checkpoint:/FOLDER/iter_0000500"',
+    )
+    given = midtrain("init=checkpoint:/base/iter_0000500")
+    assert (given.start, given.notes) == ("checkpoint:/base/iter_0000500", ())
+
+
     assert plan.start == "checkpoint:/runs/tiny/convert/checkpoints/iter_0000000"
     assert plan.hf_source == "/runs/tiny/convert/hf/base"
     assert plan.run == "/runs/tiny/midtrain"

@@ -41,7 +41,7 @@ StageReference = Annotated[
 Base = Annotated[
     str,
     BeforeValidator(_one_key_mapping),
-    Field(pattern=r"^(scratch|(hf|checkpoint):\S.*|stage:[A-Za-z0-9._-]+)$"),
+    Field(pattern=r"^(scratch|given|(hf|checkpoint):\S.*|stage:[A-Za-z0-9._-]+)$"),
 ]
 # A repository of the Hugging Face hub at a revision (a commit, a tag or a branch; main without).
 HUB_REFERENCE = (
@@ -348,6 +348,9 @@ class Mix(Strict):
 
 class Midtrain(Strict):
     """Continued pre-training of a base on a mix of sources.
+
+    `init: given` is for a base that the recipe cannot name, since it is published nowhere: the run
+    is planned without it, and starts only when `--set init=` names it.
 
     Without `steps` and `tokens` the run reads what the ratios of its mix give, once. `resume:
     new-data` lets a run that has begun go on with another mix, which is read from its own start.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tanren import runs
 from tanren.config.errors import RequestError, TanrenError
-from tanren.config.load import read_recipe, read_user, recipe_path
+from tanren.config.load import read_user
 from tanren.launch import container, fetching, queue, submit
 from tanren.launch.submit import Order, shown
 from tanren.plan.paths import RunFolder
@@ -36,11 +36,7 @@ def place_for(order: Order) -> Place | None:
                 "SITE=... names one (recipes/sites); or leave it out",
             )  # fmt: skip
         return None
-    path = order.recipe_file.resolve()
-    variant = order.variant
-    if order.plain_if_absent and not recipe_path(path, variant).exists():
-        variant = None
-    stage, recipe = read_recipe(path, variant, list(order.assignments))
+    stage, recipe = submit.recipe_of(order)
     return queue.place_of(site, recipe, stage, order.wish, user)
 
 
@@ -51,6 +47,7 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
         its jobs; none when it is done already.
     """
     request = submit.read_request(order, queue.machine_of(place))
+    submit.refuse_given(order, request.recipe)
     # Before anything is submitted: what does not fit is refused here.
     plan = make_plan(request)
     start = submit.look(plan)

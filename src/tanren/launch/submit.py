@@ -16,12 +16,14 @@ import orjson
 from tanren import provenance, runs
 from tanren.config.errors import RequestError, TanrenError
 from tanren.config.load import read_model, read_recipe, read_user, recipe_path, repository
-from tanren.config.schema import Convert, Midtrain
+from tanren.config.schema import Convert, Midtrain, Recipe
 from tanren.launch import container, inputs, local
 from tanren.launch.container import Container
 from tanren.launch.machine import this_machine, visible_gpus
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import (
+    GIVE_BASE,
+    GIVEN,
     Begun,
     ExportPlan,
     Machine,
@@ -94,6 +96,28 @@ def runs_root() -> Path:
     return Path(stated).expanduser().resolve() if stated else repository() / "runs"
 
 
+def recipe_of(order: Order) -> tuple[str, Recipe]:
+    """The stage and the recipe that an order names, with its variant and its changes."""
+    path, variant = order.recipe_file.resolve(), order.variant
+    if order.plain_if_absent and not recipe_path(path, variant).exists():
+        variant = None
+    return read_recipe(path, variant, list(order.assignments))
+
+
+def refuse_given(order: Order, recipe: Recipe) -> None:
+    """Refuse to start from `init: given` before anything is made for it.
+
+    Raises:
+        RequestError: with how to name the base.
+    """
+    if isinstance(recipe, Midtrain) and recipe.init == GIVEN:
+        raise RequestError(
+            f"{order.recipe_file}: init",
+            "is `given`: the recipe knows no base, so whoever starts the run names it",
+            GIVE_BASE,
+        )
+
+
 def read_request(order: Order, machine: Machine | None = None) -> Request:
     """Read every file that an order names, and what its inputs look like on disk.
 
@@ -102,10 +126,7 @@ def read_request(order: Order, machine: Machine | None = None) -> Request:
     """
     path = order.recipe_file.resolve()
     _check_names(order)
-    variant = order.variant
-    if order.plain_if_absent and not recipe_path(path, variant).exists():
-        variant = None
-    stage, recipe = read_recipe(path, variant, list(order.assignments))
+    stage, recipe = recipe_of(order)
     recipe = inputs.with_absolute_paths(recipe, path.parent)
     model = read_model(recipe.model) if isinstance(recipe, Convert | Midtrain) else None
     if machine is None:

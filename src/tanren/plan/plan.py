@@ -38,6 +38,10 @@ from tanren.plan.memory import Memory, checkpoint_gib
 from tanren.plan.mix import Mixture, SourceCount, count_notes, make_mixture
 from tanren.plan.paths import TRAINING_STAGES, RunFolder, run_name
 
+# A base that the recipe leaves to whoever starts the run, and how it is named.
+GIVEN = "given"
+GIVE_BASE = 'SET="init=hf:/FOLDER" or SET="init=checkpoint:/FOLDER/iter_0000500"'
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -368,6 +372,8 @@ def _midtrain_plan(request: Request, recipe: Midtrain) -> MidtrainPlan:
             iteration = int(base.result["iteration"])
             start = f"checkpoint:{base.folder.checkpoint(iteration)}"
             hf_source = base.result["hf"]
+    elif recipe.init == GIVEN:
+        notes = (f"the base is yours to give, and nothing starts without it: {GIVE_BASE}", *notes)
     elif recipe.init.startswith("hf:"):
         hf_source = recipe.init.removeprefix("hf:")
 
