@@ -434,4 +434,9 @@ def test_the_plan_of_a_job_says_what_it_costs_and_whether_its_time_will_do(empty
     assert '--nnodes 2 --node-rank "$node_rank" --master-addr THE_FIRST_HOST' in done.out
     short = empty.tanren(*words[:-1], "2", sets=("user.group=g", "steps=300000", "evaluation=null"))
     assert "the run takes about 6.7 hours: CHAIN=4, or more HOURS=" in short.out
+    longest = empty.tanren(*words[:-1], "168", sets=("user.group=g", "steps=22570000",
+                                                     "evaluation=null"))  # fmt: skip
+    (row,) = [line for line in longest.out.splitlines() if line.startswith("too short")]
+    # Three times 168 hours would do, if each job did not stop earlier, to save.
+    assert row.endswith("the run takes about 503.8 hours: CHAIN=4")
     assert not empty.queue.exists()

@@ -240,6 +240,13 @@ BY_THE_MIX = ("steps=null", "mix.ratios={docstrings: 0.5}", "mix.counts=counts.t
 
 def test_a_table_of_counts_makes_a_plan_before_there_is_data() -> None:
     plan = midtrain(*BY_THE_MIX, counts=TABLE, products=NO_DATA)
+def test_a_table_beside_the_recipe_is_named_shortly() -> None:
+    for table, shown in ((RECIPES / "a" / "b.tsv", "a/b.tsv"), ("/else/b.tsv", "/else/b.tsv")):
+        sets = (*BY_THE_MIX, f"mix.counts={table}")
+        plan = midtrain(*sets, counts=TABLE, products=NO_DATA)
+        assert plan.notes == (f"tokens are those of {shown}: preprocess has not run",)
+
+
     # (190,000 + 50,000) tokens in steps of 8 x 128.
     assert plan.batch.steps == 235
     assert plan.mix is not None

@@ -27,10 +27,11 @@ COUNTS = (
 SHARES = {"tokens": 10_000_000, "mix": Mix(shares={"web": 0.9, "math/*": 0.1, "old": 0.0})}
 
 
-def shown(recipe: Midtrain, data_start: int = 0) -> list[str]:
+def shown(recipe: Midtrain, data_start: int = 0, *, by_glob: bool = False) -> list[str]:
     screen = io.StringIO()
     mixture = make_mixture(recipe, COUNTS, "r", data_start=data_start)
-    print_mix(mixture, recipe, Console(file=screen, width=40, soft_wrap=True, highlight=False))
+    console = Console(file=screen, width=40, soft_wrap=True, highlight=False)
+    print_mix(mixture, recipe, console, by_glob=by_glob)
     return screen.getvalue().splitlines()
 
 
@@ -60,6 +61,19 @@ def test_a_mix_of_shares_names_the_glob_that_is_spread() -> None:
 def test_a_mix_that_begins_later_says_where() -> None:
     last = shown(RECIPE.model_copy(update=SHARES), data_start=100)[-1]
     assert last == "3,473,408 tokens in 53 steps (from 100 to 153) of 4,096 x 16 tokens"
+
+
+def test_sources_of_one_glob_may_be_one_row() -> None:
+    mix = Mix(ratios={"[wm]*": 0.5, "old": 1.0}, max_epochs=1.1)
+    assert shown(RECIPE.model_copy(update={"mix": mix}), by_glob=True) == [
+        "source      tokens there  ratio         used  epochs  of the run",
+        "[wm]* (2)  1,237,409,384    0.5  618,704,692    0.53     100.00%",
+        "old                5,000      1        5,000    1.05       0.00%",
+        "total      1,237,414,384         618,709,692",
+        "618,709,692 tokens in 9,441 steps of 4,096 x 16 tokens",
+    ]
+    shares = RECIPE.model_copy(update=SHARES)
+    assert shown(shares, by_glob=True) == shown(shares)
 
 
 def test_programs_get_the_same() -> None:

@@ -11,8 +11,9 @@ from rich.console import Console
 from tanren import runs
 from tanren.data.fetch import Progress
 from tanren.plan.paths import RunFolder
+from tanren.plan.plan import make_plan
 from tanren.report import terminal
-from tests.plan.test_plan import midtrain
+from tests.plan.test_plan import midtrain, request
 
 
 @pytest.mark.parametrize(
@@ -99,3 +100,46 @@ def test_a_fetch_on_a_terminal_has_a_bar() -> None:
         report(Progress("fetching o/a", files=2, total_files=5, bytes=2**20, total_bytes=2**22))
     assert "fetching o/a (2/5 files)" in text.getvalue()
     assert "1.0/4.2 MB" in text.getvalue()
+
+
+def rows(stage: str, *sets: str) -> list[str]:
+    """The lines of a plan, with one space between name and value."""
+    text = io.StringIO()
+    plan = make_plan(request(stage, *sets))
+    terminal.print_plan(plan, "new", None, [], [], Console(file=text, soft_wrap=True))
+    return [" ".join(line.split()) for line in text.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shown"),
+    [
+        ("{style: WSD}", "0.003 → 0, WSD, minus_sqrt over the last 120, warm-up 10"),
+        ("{style: cosine, decay_style: null, decay_steps: null}", "0.003 → 0, cosine, warm-up 10"),
+        ("{style: cosine, decay_style: null, decay_steps: 200}",
+         "0.003 → 0, cosine over 200 steps, warm-up 10"),
+        ("{style: constant, decay_style: null, decay_steps: null}", "0.003, constant, warm-up 10"),
+    ],
+)  # fmt: skip
+def test_a_schedule_reads_as_it_moves(schedule: str, shown: str) -> None:
+    assert f"learning rate {shown}" in rows("midtrain", f"schedule={schedule}")
+
+
+def test_what_sources_share_is_said_once() -> None:
+    sources = [
+        '{name: a, hf: o/c@v1, files: ["a/*"]}', "{name: own, path: /text/*.jsonl}",
+        '{name: b, hf: o/c@v1, files: ["b/*", "c/*"]}', '{name: d, hf: o/c@v1, files: ["d/*"]}',
+        '{name: e, hf: o/e@v1, files: ["e/*"]}',
+    ]  # fmt: skip
+    shown = rows("preprocess", f"sources=[{', '.join(sources)}]", "prepend_bos=true")
+    assert shown[3:] == [
+        "tokenizer trained, 2,048 pieces",
+        "documents beginning of sequence added, end added",
+        "from hf:o/c@v1",
+        "source a a/*",
+        "source own /text/*.jsonl",
+        "from hf:o/c@v1",
+        "source b b/* c/*",
+        "source d d/*",
+        "source e hf:o/e@v1 e/*",
+        "processes 1 on this machine (cpu)",
+    ]

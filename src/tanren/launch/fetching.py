@@ -112,18 +112,20 @@ def notes(recipe: Recipe, task: str) -> list[str]:
     """What a plan says of a recipe's references: not fetched, not pinned."""
     found = []
     absent = missing(recipe)
+    parts: dict[hub.Reference, list[str]] = {}
     for part, wanted in inputs.hub_parts(recipe).items():
-        reference = wanted.reference
-        if part in absent:
+        parts.setdefault(wanted.reference, []).append(part)
+    for reference, its_parts in parts.items():
+        if unfetched := [part for part in its_parts if part in absent]:
             found.append(
-                f"{reference} ({part}) is not fetched yet: make fetch TASK={task}, or a run on "
-                "this machine does it first"
+                f"{reference} ({hub.shortened(unfetched)}) is not fetched yet: make fetch "
+                f"TASK={task}, or a run on this machine does it first"
             )
         if reference.pinned:
             continue
         commit = hub.commit_of(reference)
         found.append(
-            f"{reference} ({part}) is not pinned; "
+            f"{reference} ({hub.shortened(its_parts)}) is not pinned; "
             + (
                 f"here it is what it was when first fetched: write {reference.name}@{commit}"
                 if commit

@@ -430,6 +430,8 @@ def _mix(
     """
     place = str(request.recipe_file)
     counts, table = source_counts(data), recipe.mix.counts
+    if table is not None and Path(table).is_relative_to(request.recipe_file.parent):
+        table = str(Path(table).relative_to(request.recipe_file.parent))
     notes: tuple[str, ...] = ()
     if counts is not None:
         notes = count_notes(counts, request.counts or {}, table) if table else ()

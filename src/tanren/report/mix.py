@@ -9,16 +9,27 @@ from tanren.config.schema import Midtrain
 from tanren.plan.mix import Mixture, SourceShare
 
 
-def print_mix(mix: Mixture, recipe: Midtrain, screen: Console) -> None:
-    """The table of a mix, its totals, and the steps that these make."""
+def print_mix(
+    mix: Mixture, recipe: Midtrain, screen: Console, *, by_glob: bool = False
+) -> None:  # fmt: skip
+    """The table of a mix, its totals, and the steps that these make.
+
+    Args:
+        by_glob: one row for all the sources that a glob names.
+    """
     titles = ("source", "tokens there", mix.rule.removesuffix("s"), "used", "epochs", "of the run")
+    groups = _by_glob(mix) if by_glob else {source.name: [source] for source in mix.sources}
     cells = [
         (
-            source.name, f"{source.tokens:,}", _stated(mix, source), f"{source.used:,}",
-            f"{source.epochs:.2f}", f"{source.weight:.2%}",
+            name,
+            f"{sum(source.tokens for source in group):,}",
+            f"{group[0].stated:g}" if len(group) > 1 else _stated(mix, group[0]),
+            f"{sum(source.used for source in group):,}",
+            f"{max(source.epochs for source in group):.2f}",
+            f"{sum(source.weight for source in group):.2%}",
         )
-        for source in mix.sources
-    ]  # fmt: skip
+        for name, group in groups.items()
+    ]
     cells += [(name, f"{tokens:,}", "0", "0", "", "") for name, tokens in mix.left_out.items()]
     there = sum(source.tokens for source in mix.sources) + sum(mix.left_out.values())
     total = ("total", f"{there:,}", "", f"{mix.tokens:,}", "", "")
@@ -50,6 +61,17 @@ def as_json(mix: Mixture, recipe: Midtrain, notes: tuple[str, ...]) -> str:
         "notes": notes,
     }
     return orjson.dumps(value, option=orjson.OPT_INDENT_2).decode()
+
+
+def _by_glob(mix: Mixture) -> dict[str, list[SourceShare]]:
+    """The sources by the glob that names them, with their number; others by their name."""
+    groups: dict[str, list[SourceShare]] = {}
+    for source in mix.sources:
+        groups.setdefault(source.pattern or source.name, []).append(source)
+    return {
+        f"{name} ({len(group)})" if len(group) > 1 else group[0].name: group
+        for name, group in groups.items()
+    }
 
 
 def _stated(mix: Mixture, source: SourceShare) -> str:

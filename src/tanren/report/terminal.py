@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from rich.progress import (
 )
 
 from tanren import runs
-from tanren.config.schema import Source
+from tanren.config.schema import Preprocess, Source
 from tanren.data.fetch import Progress as Fetching
 from tanren.data.fetch import Report
 from tanren.images.lock import Lock
@@ -210,27 +211,50 @@ def print_plan(
     elif isinstance(plan, ExportPlan):
         rows.append(("checkpoint", f"{shown(plan.source)}, iteration {plan.iteration}"))
     else:
-        rows += [(f"source {source.name}", _origin(source)) for source in plan.recipe.sources]
+        rows += _preprocess_rows(plan.recipe)
     launch = plan.launch
     if place is None:
         rows.append(("processes", f"{launch.processes} on this machine ({launch.device})"))
     else:
         rows += _place_rows(place, launch)
         hours = plan.hours[0] if isinstance(plan, MidtrainPlan) and plan.hours else 0.0
-        if hours > place.hours:
-            jobs = -(-hours // place.hours)
-            rows.append(("too short", f"the run takes about {hours:.1f} hours: CHAIN={jobs:.0f}, "
-                         "or more HOURS="))  # fmt: skip
+        trains = place.hours - place.save_seconds / 3600
+        if hours > trains:
+            longer = ", or more HOURS=" if place.hours < place.type.walltime_hours else ""
+            rows.append(("too short", f"the run takes about {hours:.1f} hours: "
+                         f"CHAIN={-(-hours // trains):.0f}{longer}"))  # fmt: skip
     rows += [("note", note) for note in notes]
     width = max(len(name) for name, _ in rows) + 2
     for name, value in rows:
         # Whole lines: a path that is cut cannot be copied.
         screen.print(f"{name:<{width}}{value}", markup=False)
     if isinstance(plan, MidtrainPlan) and plan.mix is not None:
-        print_mix(plan.mix, plan.recipe, screen)
+        print_mix(plan.mix, plan.recipe, screen, by_glob=True)
     for title, script in scripts:
         screen.print(title, style="bold")
         screen.print(script.rstrip(), markup=False, style="dim")
+
+
+def _preprocess_rows(recipe: Preprocess) -> list[tuple[str, str]]:
+    """Tokenizer and sources; what several sources take from is said once, above them."""
+    tokenizer = recipe.tokenizer
+    trained = f"trained, {tokenizer.train.vocabulary_size:,} pieces" if tokenizer.train else ""
+    rows = [
+        ("tokenizer", f"hf:{tokenizer.hf}" if tokenizer.hf else tokenizer.path or trained),
+        ("documents", f"beginning of sequence {'added' if recipe.prepend_bos else 'not added'}, "
+         f"end {'added' if recipe.append_eod else 'not added'}"),
+    ]  # fmt: skip
+    shared = {hf for hf, times in Counter(s.hf for s in recipe.sources).items() if times > 1}
+    above = None
+    for source in recipe.sources:
+        together = source.hf is not None and source.hf in shared
+        if together and source.hf != above:
+            rows.append(("from", f"hf:{source.hf}"))
+        above = source.hf
+        rows.append(
+            (f"source {source.name}", " ".join(source.files) if together else _origin(source))
+        )
+    return rows
 
 
 def _origin(source: Source) -> str:
@@ -240,10 +264,10 @@ def _origin(source: Source) -> str:
 
 
 def _place_rows(place: Place, launch: Launch) -> list[tuple[str, str]]:
-    hours = f"{place.hours:g} hours"
+    hours = _number(place.hours, "hour")
     points = (
-        f"; {place.points:,.0f} points for the whole time ({place.type.points_per_hour:g} a node "
-        f"and hour, the site's file)"
+        f"; {_number(place.points, 'point')} for the whole time "
+        f"({place.type.points_per_hour:g} a node and hour, the site's file)"
         if place.points is not None
         else ""
     )
@@ -254,8 +278,13 @@ def _place_rows(place: Place, launch: Launch) -> list[tuple[str, str]]:
             f"{place.nodes} x {place.type_name} on {place.title} for at most {hours}{group}",
         ),
         ("cost", f"{place.nodes * place.hours:,.1f} node-hours{points}"),
-        ("processes", f"{launch.processes} on {launch.nodes} nodes ({launch.device})"),
+        ("processes", f"{launch.processes} on {_number(launch.nodes, 'node')} ({launch.device})"),
     ]
+
+
+def _number(count: float, thing: str) -> str:
+    """`1 hour`, `1.5 hours`, `28,800 points`."""
+    return f"{count:,.10g} {thing}{'' if count == 1 else 's'}"
 
 
 def print_status(rows: list[Row], screen: Console) -> None:
@@ -288,11 +317,14 @@ def print_status(rows: list[Row], screen: Console) -> None:
 def _midtrain_rows(plan: MidtrainPlan, batch: Batch) -> list[tuple[str, str]]:
     recipe, layout, schedule = plan.recipe, plan.recipe.layout, plan.recipe.schedule
     fp8 = f", fp8 {recipe.fp8}" if recipe.fp8 != "none" else ""
-    decay = (
-        f", {schedule.decay_style} over the last {schedule.decay_steps}"
-        if schedule.decay_steps
-        else ""
-    )
+    lr, min_lr = recipe.optimizer.lr, recipe.optimizer.min_lr
+    decay = ""
+    if schedule.decay_steps:
+        decay = (
+            f", {schedule.decay_style} over the last {schedule.decay_steps}"
+            if schedule.style == "WSD"
+            else f" over {schedule.decay_steps} steps"
+        )
     operations = plan.model.flops_per_token(recipe.sequence_length) * batch.tokens
     rows = [
         ("starts from", plan.start),
@@ -310,8 +342,8 @@ def _midtrain_rows(plan: MidtrainPlan, batch: Batch) -> list[tuple[str, str]]:
         ),
         (
             "learning rate",
-            f"{recipe.optimizer.lr:g} → {recipe.optimizer.min_lr:g}, {schedule.style}{decay}, "
-            f"warm-up {schedule.warmup_steps}",
+            (f"{lr:g}" if schedule.style == "constant" else f"{lr:g} → {min_lr:g}")
+            + f", {schedule.style}{decay}, warm-up {schedule.warmup_steps}",
         ),
         ("work", f"{operations:.3g} FLOP (causal half of attention counted once)"),
     ]
