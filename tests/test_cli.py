@@ -78,6 +78,17 @@ def test_a_variants_file_is_the_variant(bare: Tanren, tmp_path: Path) -> None:
     assert f"tanren: {bare.runs / 'tiny' / 'midtrain.big'}: stands on preprocess" in done.err
 
 
+def test_a_base_that_is_still_to_be_given_stops_everything_before_it(bare: Tanren) -> None:
+    recipe = REPOSITORY / "recipes" / "v4-dolmino" / "midtrain.50B.yaml"
+    for words in (("midtrain", str(recipe), "--needs", "--then", "export"),
+                  ("pipeline", str(recipe.parent), "--stages", "preprocess,midtrain",
+                   "--variant", "50B")):  # fmt: skip
+        done = bare(*words)
+        assert done.code == 2, done.text
+        assert "v4-dolmino/midtrain.yaml: init: is `given`" in done.err
+    assert not bare.runs.exists()
+
+
 def make(*words: str) -> list[str]:
     """The lines that make prints; it must not take this for a part of `make test`."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}

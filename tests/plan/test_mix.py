@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from decimal import Decimal
 from fractions import Fraction
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from tanren.launch.inputs import read_counts
 from tanren.plan.mix import Mixture, SourceCount, count_notes, make_mixture
 from tests.conftest import REPOSITORY
 
-TABLE = Path(__file__).with_name("dolmino_counts.tsv")
+TABLE = REPOSITORY / "recipes" / "v4-dolmino" / "dolmino_token_counts.tsv"
 ELSEWHERE = REPOSITORY.parent / "shared" / "data" / "mix" / "dolmino_token_counts_v3.0b1.tsv"
 RECIPE = Midtrain(
     model="tiny", init="scratch", data="stage:preprocess", sequence_length=10, global_batch=10,

@@ -29,13 +29,6 @@ from tanren.plan.plan import (
 )
 from tests.conftest import RECIPES, REPOSITORY
 
-ALL_RECIPES = sorted(
-    path for stage in ("preprocess", "convert", "midtrain", "export")
-    for path in REPOSITORY.glob(f"recipes/*/{stage}*.yaml")
-)  # fmt: skip
-assert ALL_RECIPES, f"no recipe under {REPOSITORY}"
-
-
 LAPTOP = Machine(cores=2)
 
 
@@ -86,6 +79,13 @@ def midtrain(*sets: str, **fields: Any) -> MidtrainPlan:
 
 def test_a_base_of_a_stage_becomes_its_checkpoint() -> None:
     plan = midtrain()
+    assert plan.start == "checkpoint:/runs/tiny/convert/checkpoints/iter_0000000"
+    assert plan.hf_source == "/runs/tiny/convert/hf/base"
+    assert plan.run == "/runs/tiny/midtrain"
+    assert plan.mix is not None
+    assert sum(source.weight for source in plan.mix.sources) == pytest.approx(1)
+
+
 def test_a_base_to_be_given_is_planned_without_it() -> None:
     plan = midtrain("init=given")
     assert (plan.start, plan.hf_source) == ("given", None)
@@ -95,13 +95,6 @@ def test_a_base_to_be_given_is_planned_without_it() -> None:
     )
     given = midtrain("init=checkpoint:/base/iter_0000500")
     assert (given.start, given.notes) == ("checkpoint:/base/iter_0000500", ())
-
-
-    assert plan.start == "checkpoint:/runs/tiny/convert/checkpoints/iter_0000000"
-    assert plan.hf_source == "/runs/tiny/convert/hf/base"
-    assert plan.run == "/runs/tiny/midtrain"
-    assert plan.mix is not None
-    assert sum(source.weight for source in plan.mix.sources) == pytest.approx(1)
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
@@ -240,18 +233,18 @@ BY_THE_MIX = ("steps=null", "mix.ratios={docstrings: 0.5}", "mix.counts=counts.t
 
 def test_a_table_of_counts_makes_a_plan_before_there_is_data() -> None:
     plan = midtrain(*BY_THE_MIX, counts=TABLE, products=NO_DATA)
-def test_a_table_beside_the_recipe_is_named_shortly() -> None:
-    for table, shown in ((RECIPES / "a" / "b.tsv", "a/b.tsv"), ("/else/b.tsv", "/else/b.tsv")):
-        sets = (*BY_THE_MIX, f"mix.counts={table}")
-        plan = midtrain(*sets, counts=TABLE, products=NO_DATA)
-        assert plan.notes == (f"tokens are those of {shown}: preprocess has not run",)
-
-
     # (190,000 + 50,000) tokens in steps of 8 x 128.
     assert plan.batch.steps == 235
     assert plan.mix is not None
     assert [source.used for source in plan.mix.sources] == [190_000, 50_000]
     assert plan.notes == ("tokens are those of counts.tsv: preprocess has not run",)
+
+
+def test_a_table_beside_the_recipe_is_named_shortly() -> None:
+    for table, shown in ((RECIPES / "a" / "b.tsv", "a/b.tsv"), ("/else/b.tsv", "/else/b.tsv")):
+        sets = (*BY_THE_MIX, f"mix.counts={table}")
+        plan = midtrain(*sets, counts=TABLE, products=NO_DATA)
+        assert plan.notes == (f"tokens are those of {shown}: preprocess has not run",)
 
 
 def test_the_datas_own_counts_win_and_a_difference_is_noted() -> None:
@@ -331,13 +324,6 @@ def test_new_data_that_say_the_length_come_on_top() -> None:
 def test_new_data_are_a_change_of_the_data_alone(sets: list[str], new: bool) -> None:
     first = midtrain()
     assert has_new_data(first, goes_on(first, 80, "resume=new-data", *sets)) == new
-
-
-@pytest.mark.parametrize("path", ALL_RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_every_recipe_is_valid_and_an_entry_script(path: Path) -> None:
-    stage, _ = read_recipe(path, None, [])
-    assert path.read_text().splitlines()[0] == f"#!/usr/bin/env -S tanren {stage}"
-    assert path.stat().st_mode & 0o111 == 0o111
 
 
 def test_planning_imports_no_torch(tmp_path: Path) -> None:
