@@ -12,7 +12,7 @@ import pytest
 
 from tanren import runs
 from tanren.config.errors import RequestError
-from tanren.plan.paths import RunFolder
+from tanren.plan.paths import Part, RunFolder
 from tests.conftest import REPOSITORY
 
 
@@ -28,6 +28,16 @@ def checkpoint(folder: RunFolder, iteration: int) -> Path:
     (made / "inner" / "b").write_bytes(b"1")
     runs.write_file_list(made)
     return made
+
+
+def test_parts_come_in_their_order_and_know_their_run(folder: RunFolder) -> None:
+    assert runs.parts(folder) == []
+    for name in ("10of10", "2of10", "1of2", "notes"):
+        (folder.parts / name).mkdir(parents=True)
+    parts = [Part(1, 2), Part(2, 10), Part(10, 10)]
+    assert runs.parts(folder) == [(part, folder.part(part)) for part in parts]
+    assert {one.whole for _, one in runs.parts(folder)} == {folder} == {folder.whole}
+    assert {one.shards for _, one in runs.parts(folder)} == {folder.root / "shards"}
 
 
 def test_a_whole_checkpoint_has_no_problem(folder: RunFolder) -> None:

@@ -18,7 +18,14 @@ from typing import Any
 import orjson
 
 from tanren.config.errors import RequestError, TanrenError, error_from_dict
-from tanren.plan.paths import CHECKPOINT_FILES, PARTIAL, RunFolder, iteration_of
+from tanren.plan.paths import (
+    CHECKPOINT_FILES,
+    PARTIAL,
+    Part,
+    RunFolder,
+    iteration_of,
+    part_named,
+)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -82,6 +89,15 @@ def failure_of(folder: RunFolder) -> TanrenError | None:
     """Why the last attempt failed; None when it did not."""
     value = read_json(folder.failed)
     return error_from_dict(value) if value else None
+
+
+def parts(folder: RunFolder) -> list[tuple[Part, RunFolder]]:
+    """The parts of a run that have folders, in their order."""
+    if not folder.parts.is_dir():
+        return []
+    found = [part_named(path.name) for path in folder.parts.iterdir()]
+    ordered = sorted((part.of, part.number) for part in found if part is not None)
+    return [(Part(number, of), folder.part(Part(number, of))) for of, number in ordered]
 
 
 def write_file_list(checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +18,45 @@ def run_name(stage: str, variant: str | None, name: str | None) -> str:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One of the parts that a stage is cut into, counted from 1."""
+
+    number: int
+    of: int
+
+    @property
+    def name(self) -> str:
+        """`3of8`, the name of its folder."""
+        return f"{self.number}of{self.of}"
+
+
+def part_named(name: str) -> Part | None:
+    """The part that a folder's name states; None for other names, which begin with a stage's."""
+    found = re.fullmatch(r"(\d+)of(\d+)", name)
+    return Part(int(found[1]), int(found[2])) if found else None
+
+
+@dataclass(frozen=True)
 class RunFolder:
-    """The folder `$RUNS/TASK/STAGE[.VARIANT][-NAME]/` of one run."""
+    """The folder `$RUNS/TASK/STAGE[.VARIANT][-NAME]/` of one run.
+
+    A part of a stage has one like it below the stage's: lock, log, marks and plan of its own.
+    """
 
     root: Path
+
+    @property
+    def parts(self) -> Path:
+        """Where the folders of the run's parts are."""
+        return self.root / "parts"
+
+    def part(self, part: Part) -> RunFolder:
+        return RunFolder(self.parts / part.name)
+
+    @property
+    def whole(self) -> RunFolder:
+        """The run that this is a part of; itself where it is no part."""
+        return RunFolder(self.root.parents[1]) if part_named(self.root.name) else self
 
     @property
     def plan(self) -> Path:
@@ -112,8 +148,8 @@ class RunFolder:
 
     @property
     def shards(self) -> Path:
-        """Tokens in the making; gone when they are made."""
-        return self.root / "shards"
+        """Tokens in the making, those of all parts; gone when they are made."""
+        return self.whole.root / "shards"
 
     @property
     def index_cache(self) -> Path:

@@ -36,7 +36,7 @@ from tanren.plan.checks import check_layout, check_schedule, check_shape, check_
 from tanren.plan.cost import Gpu, check_memory, estimated_hours
 from tanren.plan.memory import Memory, checkpoint_gib
 from tanren.plan.mix import Mixture, SourceCount, count_notes, make_mixture
-from tanren.plan.paths import TRAINING_STAGES, RunFolder, run_name
+from tanren.plan.paths import TRAINING_STAGES, Part, RunFolder, run_name
 
 # A base that the recipe leaves to whoever starts the run, and how it is named.
 GIVEN = "given"
@@ -114,10 +114,13 @@ class Request:
     counts: Mapping[str, int] | None = None
     # What this run's own folder holds; None for a new run.
     begun: Begun | None = None
+    # The part of the stage that is asked for; None for the whole.
+    part: Part | None = None
 
     @property
     def folder(self) -> RunFolder:
-        return RunFolder(self.runs / self.task / run_name(self.stage, self.variant, self.name))
+        whole = RunFolder(self.runs / self.task / run_name(self.stage, self.variant, self.name))
+        return whole.part(self.part) if self.part else whole
 
 
 class Launch(Strict):
@@ -161,6 +164,8 @@ class PlanBase(Strict):
 class PreprocessPlan(PlanBase):
     stage: Literal["preprocess"] = "preprocess"
     recipe: Preprocess
+    # Not in the settings: how many make the shards changes nothing in them.
+    part: Part | None = None
 
 
 class ConvertPlan(PlanBase):
@@ -272,14 +277,7 @@ def make_plan(request: Request) -> Plan:
     """
     recipe = request.recipe
     if isinstance(recipe, Preprocess):
-        return PreprocessPlan(
-            **_common(
-                request,
-                _settings(recipe) | {"inputs": dict(request.inputs)},
-                Launch(engine=False, processes=1, device="cpu"),
-            ),
-            recipe=recipe,
-        )
+        return _preprocess_plan(request, recipe)
     if isinstance(recipe, Convert):
         return _convert_plan(request, recipe)
     if isinstance(recipe, Midtrain):
@@ -316,6 +314,25 @@ def _product(request: Request, stage_reference: str, *stages: str) -> Product:
             f"here it must be {' or '.join(f'stage:{stage}' for stage in stages)}",
         )
     return product
+
+
+def _preprocess_plan(request: Request, recipe: Preprocess) -> PreprocessPlan:
+    if request.part is not None and recipe.tokenizer.train is not None:
+        raise RequestError(
+            f"{request.recipe_file}: tokenizer.train",
+            f"would train a tokenizer in each of {request.part.of} parts, and all need the same",
+            "train it once, by preprocess without PARTS on some of the text, and name its folder: "
+            "tokenizer: {path: runs/TASK/preprocess/tokenizer}",
+        )
+    return PreprocessPlan(
+        **_common(
+            request,
+            _settings(recipe) | {"inputs": dict(request.inputs)},
+            Launch(engine=False, processes=1, device="cpu"),
+        ),
+        recipe=recipe,
+        part=request.part,
+    )
 
 
 def _convert_plan(request: Request, recipe: Convert) -> ConvertPlan:

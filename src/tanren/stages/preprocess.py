@@ -24,7 +24,7 @@ logger = logging.getLogger("tanren")
 
 
 def run(plan: PreprocessPlan, attempt: int) -> None:
-    """Make the run folder's `tokenizer/` and `tokens/`."""
+    """Make the run folder's `tokenizer/` and `tokens/`; for a part its share of the shards."""
     recipe, folder = plan.recipe, plan.folder
     shutil.rmtree(folder.tokens, ignore_errors=True)
     tokenizer = _tokenizer(recipe, folder)
@@ -46,6 +46,12 @@ def run(plan: PreprocessPlan, attempt: int) -> None:
         runs.append_line(folder.metrics, asdict(progress))
 
     began = time.monotonic()
+    if plan.part is not None:
+        shards = tokenize.run_part(job, plan.part.number - 1, plan.part.of, watch)
+        seconds = time.monotonic() - began
+        logger.info("%d shards in %.1f s by %d workers", shards, seconds, job.workers)
+        runs.mark_done(folder, {"shards": shards, "seconds": round(seconds, 2)})
+        return
     made = tokenize.run(job, watch)
     tokens, seconds = sum(source.tokens for source in made), time.monotonic() - began
     logger.info("%d tokens in %.1f s by %d workers", tokens, seconds, job.workers)
