@@ -5,7 +5,8 @@ SHELL := /bin/bash
 TASK ?= tiny
 STAGE ?= midtrain
 job = $(if $(SITE),--site '$(SITE)') $(if $(NODES),--nodes $(NODES)) $(if $(HOURS),--hours $(HOURS)) $(if $(TYPE),--type '$(TYPE)') $(if $(RESERVATION),--reservation '$(RESERVATION)')
-waits = $(foreach a,$(AFTER),--after '$(a)') $(if $(CHAIN),--chain $(CHAIN))
+waits = $(foreach a,$(AFTER),--after '$(a)') $(if $(CHAIN),--chain $(CHAIN)) $(parts)
+parts = $(if $(PARTS),--parts $(PARTS))
 where = $(if $(RUNTIME),--runtime '$(RUNTIME)') $(foreach b,$(BIND),--bind '$(b)')
 options = $(if $(VARIANT),--variant '$(VARIANT)') $(if $(NAME),--name '$(NAME)') $(foreach s,$(SET),--set '$(s)') $(where) $(job)
 iteration = $(if $(ITER),--set 'iteration=$(ITER)')
@@ -16,7 +17,7 @@ recipe = recipes/$(TASK)/$@.yaml
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  with         TASK=tiny VARIANT= NAME= SET="a.b=c d=e" ITER=latest|500 RUNTIME=native BIND=/data'
-	@echo '  on clusters  SITE=abci3 NODES=2 HOURS=24 TYPE= AFTER=jobid CHAIN=3 RESERVATION='
+	@echo '  on clusters  SITE=abci3 NODES=2 HOURS=24 TYPE= AFTER=jobid CHAIN=3 PARTS=8 RESERVATION='
 
 setup: ## .venv with pinned dependencies (HOST_ONLY=1: the login node's half)
 	@bin/setup $(if $(HOST_ONLY),host,engine)
@@ -40,7 +41,7 @@ export: ## a checkpoint to a Hugging Face folder
 	@bin/setup host && bin/tanren export $(recipe) $(options) $(waits) $(iteration) --needs
 
 plan: ## what STAGE of TASK would do; changes nothing
-	@bin/setup host && bin/tanren plan recipes/$(TASK)/$(STAGE).yaml $(options)
+	@bin/setup host && bin/tanren plan recipes/$(TASK)/$(STAGE).yaml $(options) $(parts)
 
 build-image: ## a .sif of IMAGE=train|te19|nemo|merge|cpu and its lock
 	@bin/setup host && bin/tanren image build $(IMAGE) $(if $(RUNTIME),--runtime '$(RUNTIME)')

@@ -55,6 +55,10 @@ AfterJobs = Annotated[
     Optional[list[str]], typer.Option("--after", help="a job that must end well first; repeatable")
 ]
 Chain = Annotated[int, typer.Option("--chain", min=1, help="cut the run into so many jobs")]
+Parts = Annotated[
+    Optional[int],
+    typer.Option("--parts", min=2, help="preprocess by so many nodes, a job each, and one to join"),
+]
 Needs = Annotated[bool, typer.Option("--needs", help="first make the missing stages it stands on")]
 Then = Annotated[Optional[str], typer.Option("--then", help="another stage to run after it")]
 
@@ -70,7 +74,7 @@ def _order(
     recipe: Path, variant: str | None, name: str | None, sets: list[str] | None,
     runtime: str | None, binds: list[str] | None, site: str | None, nodes: int | None,
     hours: float | None, type_: str | None, reservation: str | None,
-    after: list[str] | None = None, chain: int = 1,
+    after: list[str] | None = None, chain: int = 1, parts: int | None = None,
 ) -> Order:  # fmt: skip
     """The options of a verb as one value. SET="user.group=g" is user.toml's for this once."""
     from tanren.launch.submit import Order
@@ -89,6 +93,7 @@ def _order(
         wish=Wish(nodes, hours, type_, reservation),
         after=tuple(after or []),
         chain=chain,
+        parts=parts,
         user=tuple(text.removeprefix("user.") for text in own),
     )  # fmt: skip
 
@@ -98,7 +103,8 @@ def _stage_verb(stage: str, does: str) -> None:
         recipe: RecipeFile, variant: Variant = None, name: Name = None, set_: Sets = None,
         runtime: Runtime = None, bind: Binds = None, site: SiteName = None, nodes: Nodes = None,
         hours: Hours = None, type_: Type = None, reservation: Reservation = None,
-        after: AfterJobs = None, chain: Chain = 1, needs: Needs = False, then: Then = None,
+        after: AfterJobs = None, chain: Chain = 1, parts: Parts = None, needs: Needs = False,
+        then: Then = None,
     ) -> None:  # fmt: skip
         from tanren.config.errors import RequestError
 
@@ -108,7 +114,7 @@ def _stage_verb(stage: str, does: str) -> None:
             )
         order = _order(
             recipe, variant, name, set_, runtime, bind, site, nodes, hours, type_, reservation,
-            after, chain,
+            after, chain, parts,
         )  # fmt: skip
         _run(order, needs, then)
 
@@ -126,16 +132,17 @@ _stage_verb("export", "A checkpoint to a Hugging Face folder.")
 def plan(
     recipe: RecipeFile, variant: Variant = None, name: Name = None, set_: Sets = None,
     runtime: Runtime = None, bind: Binds = None, site: SiteName = None, nodes: Nodes = None,
-    hours: Hours = None, type_: Type = None, reservation: Reservation = None,
+    hours: Hours = None, type_: Type = None, reservation: Reservation = None, parts: Parts = None,
 ) -> None:  # fmt: skip
     """Print what a stage would do, and change nothing."""
     from tanren.config.errors import RequestError
     from tanren.launch import clusters, fetching, local, queue, submit
+    from tanren.launch import parts as parts_of
     from tanren.plan.plan import make_plan
     from tanren.report import terminal
 
     order = _order(recipe, variant, name, set_, runtime, bind, site, nodes, hours, type_,
-                   reservation)  # fmt: skip
+                   reservation, parts=parts)  # fmt: skip
     place = clusters.place_for(order)
     request = submit.read_request(order, queue.machine_of(place) if place else None)
     planned = make_plan(request)
@@ -161,8 +168,14 @@ def plan(
     if place:
         text = queue.script(planned.folder, place, request.task)
         scripts.insert(0, (f"job script for {place.site.scheduler}", text))
+    if place and parts:
+        cut = parts_of.cut(request, parts)
+        done = sum(submit.look(part).done for _, part in cut)
+        state += f"; {done} of {parts} parts are done" if done else ""
+        text = queue.script(cut[0][1].folder, place, request.task)
+        scripts.insert(0, (f"job script for {place.site.scheduler}, part 1 of {parts}", text))
     notes = fetching.notes(request.recipe, request.task)
-    terminal.print_plan(planned, state, place, notes, scripts, terminal.console())
+    terminal.print_plan(planned, state, place, notes, scripts, terminal.console(), parts or 0)
     if refusal is not None:
         raise refusal
 
@@ -372,7 +385,7 @@ def _run(order: Order, needs: bool, then: str | None) -> None:
         recipe = order.recipe_file.with_name(f"{then}.yaml")
         after = replace(
             order, recipe_file=recipe, assignments=(), plain_if_absent=True, wish=Wish(), chain=1,
-            after=jobs[-1:],
+            parts=None, after=jobs[-1:],
         )  # fmt: skip
         _stage(after, False, screen)
 
@@ -383,7 +396,7 @@ def _stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
     Returns:
         the scheduler's jobs of the stage; none where it ran here or is done.
     """
-    from tanren.launch import clusters, fetching, native, submit
+    from tanren.launch import clusters, fetching, native, parts, submit
     from tanren.plan.plan import make_plan
     from tanren.report import terminal
 
@@ -408,6 +421,7 @@ def _stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
         terminal.summary(planned, screen)
         return ()
     submit.refuse_missing(order, request)
+    parts.refuse_at_work(planned.folder)
     for note in planned.notes:
         screen.print(f"note: {note}", markup=False, highlight=False)
     submit.check_disk(planned)

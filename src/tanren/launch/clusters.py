@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tanren import runs
 from tanren.config.errors import RequestError, TanrenError
 from tanren.config.load import read_user
-from tanren.launch import container, fetching, queue, submit
+from tanren.launch import container, fetching, parts, queue, submit
 from tanren.launch.submit import Order, shown
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import Request, make_plan, read_plan, reference, references
@@ -25,6 +26,8 @@ def place_for(order: Order) -> Place | None:
     """
     user = read_user(order.user)
     site = queue.find_site(order.site, user)
+    if order.parts is not None:
+        parts.check(order, site)
     if site is None:
         wish = order.wish
         asked = [name for name, value in (("NODES", wish.nodes), ("HOURS", wish.hours),
@@ -75,6 +78,10 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
     after, others = queue.after_jobs(dict.fromkeys(waits), place, request.runs)
     # Grid Engine starts a job after any end of another; the job itself looks at these.
     must_be_done = tuple(dict.fromkeys([*made_first, *others]))
+    if order.parts is None:
+        parts.refuse_at_work(plan.folder)
+    else:
+        after, must_be_done = parts.send(order, request, place, after, must_be_done, say)
     sent = queue.submit(order, request, plan, place, after, must_be_done, chain=order.chain)
     jobs = ", ".join(sent.ids)
     waiting = f", after {', '.join(after.ids)}" if after.ids and sent.new else ""
@@ -131,15 +138,28 @@ class Row:
 
 
 def status(root: Path) -> list[Row]:
-    """Every run below a runs folder, by its run folder and, where it has jobs, its scheduler."""
-    folders = sorted({path.parent for name in ("plan.json", "jobs.json")
+    """Every run below a runs folder, by its run folder and, where it has jobs, its scheduler.
+
+    A part has a row until it is done; then it counts in its run's.
+    """
+    folders = sorted({path.parent for name in ("plan.json", "jobs.json", "parts")
                       for path in root.glob(f"*/*/{name}")})  # fmt: skip
-    return [_row(RunFolder(folder), root) for folder in folders]
+    states, rows = functools.cache(queue.states_at), []
+    for folder in map(RunFolder, folders):
+        row = _row(folder, root, states)
+        cut = [_row(part, root, states) for _, part in runs.parts(folder)]
+        if row.state != "done" and cut:
+            done = sum(part.state == "done" for part in cut)
+            row = replace(row, state=f"{row.state}, parts {done}/{len(cut)}")
+            rows += [row, *(part for part in cut if part.state != "done")]
+        else:
+            rows.append(row)
+    return rows
 
 
-def _row(folder: RunFolder, root: Path) -> Row:
+def _row(folder: RunFolder, root: Path, states: queue.States) -> Row:
     try:
-        live = queue.live_jobs(folder)
+        live = queue.live_jobs(folder, states)
         asked = None
     except TanrenError as error:
         live, asked = {}, error
@@ -187,20 +207,23 @@ def _state(folder: RunFolder, live: tuple[str, ...]) -> str:
 
 
 def newest_log(folder: RunFolder, *, required: bool = True) -> Path | None:
-    """The log that was written last: an attempt's, or what the scheduler itself had to say."""
-    logs = [path for path in (folder.root / "log").glob("*.log") if path.stat().st_size]
-    attempts = [path for path in logs if re.fullmatch(r"\d+", path.stem)]
-    if not logs:
-        if required:
-            raise RequestError(shown(folder.root), "has no log yet", "make status")
-        return None
-    return max(attempts or logs, key=lambda path: path.stat().st_mtime)
+    """The log that was written last: an attempt's, or what the scheduler itself had to say.
+
+    Of a run that is cut into parts it may be a part's.
+    """
+    found: list[Path] = []
+    for one in (folder, *(part for _, part in runs.parts(folder))):
+        logs = [path for path in (one.root / "log").glob("*.log") if path.stat().st_size]
+        found += [path for path in logs if re.fullmatch(r"\d+", path.stem)] or logs
+    if not found and required:
+        raise RequestError(shown(folder.root), "has no log yet", "make status")
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def folder_of(name: str, root: Path) -> RunFolder:
     """A run folder by its path, or by TASK/RUN below the runs folder."""
     for path in (Path(name), root / name):
-        if (path / "plan.json").exists() or (path / "jobs.json").exists():
+        if any((path / file).exists() for file in ("plan.json", "jobs.json", "parts")):
             return RunFolder(path.resolve())
     known = sorted(str(path.parent.relative_to(root)) for path in root.glob("*/*/plan.json"))
     raise RequestError(f"RUN={name}", f"there is no such run in {root}",

@@ -91,10 +91,13 @@ def _check_needs(order: Ordered) -> None:
         if runs.result_of(RunFolder(Path(needed))) is None:
             failure = runs.failure_of(RunFolder(Path(needed)))
             why = f": {failure.problem}" if failure else ""
+            part = RunFolder(Path(needed)).whole.root != Path(needed)
             raise RequestError(
                 needed,
                 f"is not done, and this stage stands on it{why}",
-                "run that stage, then submit this one again",
+                "the same command again submits the parts that are not done, and this job"
+                if part
+                else "run that stage, then submit this one again",
             )
 
 

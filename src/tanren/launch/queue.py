@@ -7,13 +7,14 @@ answer that got lost is looked for by the job's name instead of submitting twice
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,14 @@ from tanren.launch import container, scheduler
 from tanren.launch.scheduler import After, JobRequest, State
 from tanren.launch.submit import Order, shown
 from tanren.plan.cost import Gpu
-from tanren.plan.paths import TRAINING_STAGES, RunFolder
+from tanren.plan.paths import TRAINING_STAGES, Part, RunFolder
 from tanren.plan.plan import Machine, Plan, Request
 from tanren.plan.site import Place, Wish, make_place
 
 # Where the processes of several nodes meet: one of PORTS from here on, by the job's id.
 FIRST_PORT, PORTS = 20000, 20000
+# Name and state of each job of a site.
+States = Callable[[str], dict[str, tuple[str, State]]]
 
 
 class Ordered(Strict):
@@ -58,6 +61,7 @@ class Ordered(Strict):
     hours: float
     # Run folders that must be DONE when the job starts.
     needs: tuple[str, ...] = ()
+    part: Part | None = None
 
 
 class Submitted(Strict):
@@ -119,11 +123,12 @@ def machine_of(place: Place) -> Machine:
 
 def job_request(folder: RunFolder, place: Place, task: str) -> JobRequest:
     """A run's job in the words that all schedulers share."""
+    title = "-".join(dict.fromkeys([folder.whole.root.name, folder.root.name]))
     # A name of its own, by which a job whose id got lost is found again.
     mark = hashlib.sha256(str(folder.root).encode()).hexdigest()[:6]
     return JobRequest(
         # A letter first, as Grid Engine wants it.
-        name=f"{'' if task[0].isalpha() else 't'}{task}-{folder.root.name}"[:50] + f"-{mark}",
+        name=f"{'' if task[0].isalpha() else 't'}{task}-{title}"[:50] + f"-{mark}",
         type=place.type_name,
         nodes=place.nodes,
         hours=place.hours,
@@ -142,7 +147,7 @@ def script(folder: RunFolder, place: Place, task: str, segment: int = 1) -> str:
     environment = {
         **place.site.environment,
         "TANREN_PYTHON": sys.executable,
-        "RUNS": str(folder.root.parents[1]),
+        "RUNS": str(folder.whole.root.parents[1]),
         "IMAGES": str(container.images_folder()),
         "DATA": str(hub.data_root()),
     }
@@ -177,15 +182,24 @@ def read_jobs(folder: RunFolder) -> list[Submitted]:
         ) from None  # fmt: skip
 
 
-def live_jobs(folder: RunFolder) -> dict[str, State]:
+def states_at(site_name: str) -> dict[str, tuple[str, State]]:
+    """What a site's scheduler has now: name and state of each job, by its id."""
+    adapter = scheduler.adapter(read_site(site_name).scheduler)
+    return adapter.states(scheduler.ask(adapter.query(), "list jobs"))
+
+
+def live_jobs(folder: RunFolder, states: States = states_at) -> dict[str, State]:
     """The jobs of a run that the scheduler still has, with their states.
 
     A job whose id never came is found by its name, and its id written down.
+
+    Args:
+        states: asks a site's scheduler; whoever looks at many runs asks it once.
     """
     jobs = read_jobs(folder)
     if not jobs:
         return {}
-    there = _states(jobs[-1].site)
+    there = states(jobs[-1].site)
     known = {job.id for job in jobs}
     for number, job in enumerate(jobs):
         if job.id is None:
@@ -196,11 +210,6 @@ def live_jobs(folder: RunFolder) -> dict[str, State]:
         _write_jobs(folder, [job for job in jobs if job.id])
     ids = [job.id for job in jobs if job.id in there]
     return {key: there[key][1] for key in ids if key and there[key][1] != "ended"}
-
-
-def _states(site_name: str) -> dict[str, tuple[str, State]]:
-    adapter = scheduler.adapter(read_site(site_name).scheduler)
-    return adapter.states(scheduler.ask(adapter.query(), "list jobs"))
 
 
 def _write_jobs(folder: RunFolder, jobs: Iterable[Submitted]) -> None:
@@ -256,6 +265,7 @@ def _write_order(
         nodes=place.nodes,
         hours=place.hours,
         needs=tuple(map(str, must_be_done)),
+        part=request.part,
     )
     runs.write_json(folder.order, orjson.loads(frozen.model_dump_json()))
 
@@ -294,7 +304,7 @@ def _submit_one(folder: RunFolder, place: Place, task: str, segment: int, after:
 def _find(place: Place, name: str, known: set[str | None]) -> str | None:
     """The job of this name that is not known yet; None where the scheduler has none."""
     try:
-        there = _states(place.site_name)
+        there = states_at(place.site_name)
     except TanrenError:
         return None
     return next(
@@ -328,34 +338,46 @@ def read_order(folder: RunFolder) -> tuple[Ordered, Request]:
         variant=order.variant,
         name=order.name,
         model=order.model,
+        part=order.part,
     )
     return order, request
 
 
+def end(folder: RunFolder, job: str) -> None:
+    """Take one job of a run out of the queue, or end it where it runs."""
+    adapter = scheduler.adapter(read_site(read_jobs(folder)[-1].site).scheduler)
+    scheduler.ask(adapter.cancel(job), f"cancel {job}")
+
+
 def cancel(folder: RunFolder, *, now: bool) -> str:
-    """End a run's jobs: a training stage saves first, unless it is to end now.
+    """End a run's jobs and its parts': a training stage saves first, unless it is to end now.
 
     Returns:
         what was done, for a person.
     """
-    live = live_jobs(folder)
-    if not live:
+    states = functools.cache(states_at)
+    owners = {
+        job: (one, state)
+        for one in (*(part for _, part in runs.parts(folder)), folder)
+        for job, state in live_jobs(one, states).items()
+    }
+    if not owners:
         raise RequestError(shown(folder.root), "has no job in the scheduler", "make status")
-    running = [job for job, state in live.items() if state == "running"]
-    adapter = scheduler.adapter(read_site(read_jobs(folder)[-1].site).scheduler)
+    running = [job for job, (_, state) in owners.items() if state == "running"]
     gently = (
         bool(running)
         and not now
         and folder.root.name.split(".")[0].split("-")[0] in (TRAINING_STAGES)
     )
-    for job in reversed(list(live)):
+    # The last one first: it waits for the others, and would start, or be refused, when they go.
+    for job in reversed(list(owners)):
         if gently and job in running:
             folder.stop.touch()
         else:
-            scheduler.ask(adapter.cancel(job), f"cancel {job}")
+            end(owners[job][0], job)
     if gently:
         return f"job {running[0]} saves after its step and ends; NOW=1 ends it at once"
-    return f"cancelled {', '.join(live)}"
+    return f"cancelled {', '.join(owners)}"
 
 
 def after_jobs(

@@ -29,6 +29,7 @@ from tanren.plan.plan import (
     Machine,
     MidtrainPlan,
     Plan,
+    PreprocessPlan,
     Product,
     Request,
     comparable,
@@ -61,6 +62,8 @@ class Order:
     # Jobs to wait for, and how many jobs one run is cut into.
     after: tuple[str, ...] = ()
     chain: int = 1
+    # Nodes that make the shards of preprocess, each by a job of its own; None for one job.
+    parts: int | None = None
     # `field=value` of user.toml for this once.
     user: tuple[str, ...] = ()
     # The recipe of the variant may be absent: a stage that follows another has seldom one.
@@ -190,11 +193,14 @@ def read_product(folder: RunFolder) -> Product:
 def _made(folder: RunFolder, stage: str) -> dict[str, Any] | None:
     """What a finished run made, as long as it is still there.
 
-    A training run whose checkpoints were removed to save room stays done.
+    A training run whose checkpoints were removed to save room stays done. The shards of a part are
+    there until they are joined.
     """
     result = runs.result_of(folder)
     if result is None:
         return None
+    if folder.whole != folder:
+        return result if folder.shards.is_dir() else None
     there = {
         "preprocess": folder.tokenizer.is_dir() and folder.tokens.is_dir(),
         "convert": folder.checkpoint(0).is_dir() and Path(result.get("hf", "/")).is_dir(),
@@ -241,6 +247,7 @@ def _order_of(order: Order, folder_name: str, stage: str) -> Order:
         # What was asked for the stage itself: its size, its parts.
         wish=Wish(),
         chain=1,
+        parts=None,
     )
 
 
@@ -309,8 +316,10 @@ def look(plan: Plan) -> Start:
         if done and not changed:
             return Start(plan, True, None)
         begun = done or bool(runs.iterations(folder))
-        # A finished export of an earlier checkpoint is no obstacle to the next one.
-        if changed and begun and not isinstance(plan, ExportPlan):
+        # A finished export of an earlier checkpoint is no obstacle to the next one; nor is a part:
+        # which of its shards still serve, their content says.
+        part = isinstance(plan, PreprocessPlan) and plan.part is not None
+        if changed and begun and not isinstance(plan, ExportPlan) and not part:
             new_data = not done and has_new_data(before, plan)
             if not (
                 new_data and isinstance(plan, MidtrainPlan) and plan.recipe.resume == "new-data"

@@ -194,9 +194,13 @@ def _training_summary(plan: MidtrainPlan, result: dict[str, Any], screen: Consol
 
 def print_plan(
     plan: Plan, state: str, place: Place | None, notes: list[str],
-    scripts: list[tuple[str, str]], screen: Console,
+    scripts: list[tuple[str, str]], screen: Console, parts: int = 0,
 ) -> None:  # fmt: skip
-    """The plan as a person reads it, and the scripts that would run."""
+    """The plan as a person reads it, and the scripts that would run.
+
+    Args:
+        parts: jobs that make its parts, besides the one that joins them.
+    """
     variant = f" variant {plan.variant}" if plan.variant else ""
     rows = [
         ("run folder", shown(plan.run)),
@@ -216,7 +220,7 @@ def print_plan(
     if place is None:
         rows.append(("processes", f"{launch.processes} on this machine ({launch.device})"))
     else:
-        rows += _place_rows(place, launch)
+        rows += _place_rows(place, launch, parts)
         hours = plan.hours[0] if isinstance(plan, MidtrainPlan) and plan.hours else 0.0
         trains = place.hours - place.save_seconds / 3600
         if hours > trains:
@@ -263,21 +267,28 @@ def _origin(source: Source) -> str:
     return source.path or f"Python's {source.python_documentation}"
 
 
-def _place_rows(place: Place, launch: Launch) -> list[tuple[str, str]]:
+def _place_rows(place: Place, launch: Launch, parts: int) -> list[tuple[str, str]]:
     hours = _number(place.hours, "hour")
+    jobs = parts + 1
     points = (
-        f"; {_number(place.points, 'point')} for the whole time "
+        f"; {_number(jobs * place.points, 'point')} for the whole time "
         f"({place.type.points_per_hour:g} a node and hour, the site's file)"
         if place.points is not None
         else ""
     )
     group = f", group {place.group}" if place.group else ""
+    row = (
+        "job",
+        f"{place.nodes} x {place.type_name} on {place.title} for at most {hours}{group}",
+    )
+    if parts:
+        row = (
+            "jobs",
+            f"{parts} + 1, each {row[1]}: {parts} make their parts of the shards, one joins them",
+        )
     return [
-        (
-            "job",
-            f"{place.nodes} x {place.type_name} on {place.title} for at most {hours}{group}",
-        ),
-        ("cost", f"{place.nodes * place.hours:,.1f} node-hours{points}"),
+        row,
+        ("cost", f"{jobs * place.nodes * place.hours:,.1f} node-hours{points}"),
         ("processes", f"{launch.processes} on {_number(launch.nodes, 'node')} ({launch.device})"),
     ]
 
