@@ -131,6 +131,37 @@ def test_a_chain_of_two_goes_on_where_the_walltime_ended(cluster: Cluster) -> No
     assert steps == list(range(1, len(steps) + 1))
 
 
+@pytest.mark.parametrize("cluster", ["slurm", "tsubame4"], indirect=True)
+def test_parts_on_several_nodes_make_what_one_machine_makes(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """The joining job waits for both parts, and tokenizes nothing."""
+    (tmp_path / "mine").mkdir()
+    recipe = tmp_path / "mine" / "preprocess.yaml"
+    recipe.write_text(
+        f"tokenizer: {{path: {cluster.folder('preprocess').tokenizer}}}\n"
+        "sources:\n"
+        "  - {name: topics, python_documentation: topics}\n"
+        "  - {name: docstrings, python_documentation: docstrings}\n"
+    )
+    words = ("preprocess", str(recipe), "--hours", "0.2")
+    done = cluster(*words, "--parts", "2")
+    assert "2 parts; 2 submitted: job " in done.out
+    assert "preprocess submitted: job " in done.out
+    folder = RunFolder(cluster.tanren.runs / "mine" / "preprocess")
+    wait_for(folder.done.exists, 60)
+    parts = [runs.result_of(part) for _, part in runs.parts(folder)]
+    assert [part and part["shards"] for part in parts] == [1, 1]
+    assert not folder.shards.exists()
+    one = Tanren(tmp_path / "one", cluster.tanren.environment)
+    assert one("preprocess", str(recipe), "--site", "local").code == 0
+    alone = RunFolder(one.runs / "mine" / "preprocess")
+    files = sorted(path.name for path in alone.tokens.iterdir())
+    assert files == ["docstrings.bin", "docstrings.idx", "topics.bin", "topics.idx"]
+    for file in files:
+        assert (folder.tokens / file).read_bytes() == (alone.tokens / file).read_bytes()
+
+
 def test_a_running_job_saves_when_it_is_cancelled_and_goes_when_it_must(cluster: Cluster) -> None:
     cluster.stage("midtrain", sets=LONG)
     folder = cluster.folder("midtrain")
