@@ -18,6 +18,7 @@ PARAMETERS = {
     "tanuki-8b": (7.51e9, 1e-3),
     "tanuki-debug": (41.7e6, 1e-3),
     "tiny": (2.4e6, 2e-2),
+    "tiny-llmjp4": (12.7e6, 5e-3),
     "v4-7.7b": (7.8e9, 2e-3),
     "v4-7.7b-v3.1": (7.79e9, 2e-3),
 }

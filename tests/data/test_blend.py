@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 import signal
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
+from tanren.config.errors import WorkError
 from tanren.data import blend, indexed
 from tanren.data.blend import Batch, Blend, MicroBatches
 from tanren.plan.mix import SourceShare
@@ -151,7 +157,7 @@ def test_the_order_is_the_requests(
     assert torch.equal(tokens(other.train), tokens(built.train)) == same
 
 
-@pytest.mark.parametrize("left", ["index without its end", "other request"])
+@pytest.mark.parametrize("left", ["index without its end", "no word", "other request"])
 def test_an_unfinished_or_foreign_cache_is_made_again(
     sources: tuple[SourceShare, ...], built: Blend, tmp_path: Path, left: str
 ) -> None:
@@ -162,9 +168,9 @@ def test_an_unfinished_or_foreign_cache_is_made_again(
     for array in arrays:
         array.write_bytes(array.read_bytes()[:-16])
     if left == "other request":
-        (cache / "COMPLETE").write_text("something else")
-    else:
-        (cache / "COMPLETE").unlink()
+        blend._complete(cache, "something else")
+    elif left == "no word":
+        (cache / "COMPLETE.json").unlink()
     assert torch.equal(tokens(build(sources, cache).train), tokens(built.train))
 
 
@@ -249,3 +255,32 @@ def test_workers_keep_the_order_and_leave_signals_to_the_trainer() -> None:
     assert [batch["number"].tolist() for batch in batches] == [[4, 5], [8, 9]]
     assert all(set(batch) == {"number", "deaf"} for batch in batches)
     assert all(batch["deaf"].all() for batch in batches)
+
+
+def test_what_one_rank_wrote_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Another node sees the files of a shared disk later, and not all at once."""
+    cache, elsewhere = tmp_path / "seen", tmp_path / "written"
+    elsewhere.mkdir()
+    cache.mkdir()
+    for name in ("order.npy", "documents.npy"):
+        (elsewhere / name).write_bytes(name.encode() * 100)
+    blend._complete(elsewhere, "these samples")
+    monkeypatch.setattr(blend, "_QUIET_SECONDS", 0.2)
+
+    def appear() -> None:
+        for name in ("order.npy", "COMPLETE.json", "documents.npy"):
+            time.sleep(0.25)
+            shutil.copyfile(elsewhere / name, cache / name)
+
+    thread = threading.Thread(target=appear)
+    thread.start()
+    with caplog.at_level(logging.WARNING):
+        blend._wait_for(cache, "these samples", seconds=20)
+    thread.join()
+    assert (cache / "documents.npy").read_bytes() == b"documents.npy" * 100
+    assert caplog.messages == [f"waiting to see {cache} on {socket.gethostname()}"]
+    (cache / "order.npy").write_bytes(b"half")
+    for wanted in ("these samples", "other samples"):
+        with pytest.raises(WorkError, match="is not whole on"):
+            blend._wait_for(cache, wanted, seconds=0.3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -202,6 +203,22 @@ def test_a_worker_that_is_killed_is_told_and_its_work_done_again(
         tokenize.run(job, kill)
     assert "run the same command again" in caught.value.next_step
     assert len(tokenize.run(job, quiet)) == 2
+
+
+def test_a_full_disk_is_told_and_the_same_command_goes_on(job: Job) -> None:
+    """Played by a limit on the size of files, which the workers inherit."""
+    whole = tokenize.run(job, quiet)
+    files = [pair(prefix) for prefix in job.prefixes]
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (800, hard))
+    try:
+        with pytest.raises(WorkError, match="File too large") as caught:
+            tokenize.run(job, quiet)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
+    assert "run the same command again" in caught.value.next_step
+    assert [pair(prefix) for prefix in job.prefixes] == files, "what was there is untouched"
+    assert tokenize.run(job, quiet) == whole
 
 
 def test_workers_end_with_the_process_that_is_killed(job: Job, tmp_path: Path) -> None:

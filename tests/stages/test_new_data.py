@@ -53,7 +53,7 @@ def test_new_data_are_asked_for_and_begin_where_the_run_goes_on(tanren: Tanren) 
     assert (plan.data_start, plan.batch.steps) == (3, 8)
     assert runs.read_json(folder.passport)["attempts"][-1]["plan"]["data_start"] == 3
     # (8 - 3) x 8 samples to train on, and 16 held out.
-    assert "[40, 16, 0]" in (folder.index_cache / "COMPLETE").read_text()
+    assert "[40, 16, 0]" in (folder.index_cache / "COMPLETE.json").read_text()
     straight = losses(folder)
     assert [straight[step] == old[step] for step in range(1, 9)] == [True] * 3 + [False] * 5
     # What was held out before was of other data.

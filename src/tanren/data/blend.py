@@ -5,18 +5,27 @@ from __future__ import annotations
 import logging
 import shutil
 import signal
+import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from tanren import runs
+from tanren.config.errors import WorkError
 from tanren.plan.mix import SourceShare
 
+logger = logging.getLogger("tanren")
 Batch = dict[str, torch.Tensor]
+_COMPLETE = "COMPLETE.json"
+# A wait that is shorter than this needs no word.
+_QUIET_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -65,13 +74,13 @@ def build(
     """
     sizes = [train_samples, held_out_samples, 0]
     blend = ([source.prefix for source in sources], [source.weight for source in sources])
-    complete, rank = cache / "COMPLETE", torch.distributed.get_rank()
+    rank = torch.distributed.get_rank()
     wanted = repr((blend, data, split, sequence_length, sizes, seed))
-    if rank == 0 and not (complete.exists() and complete.read_text() == wanted):
+    there = _is_complete(cache, wanted) if rank == 0 else False
+    if rank == 0 and not there:
         # What an interrupted first start left: megatron takes any file that is there for whole.
         shutil.rmtree(cache, ignore_errors=True)
         cache.mkdir(parents=True)
-    torch.distributed.barrier()
     logging.getLogger("megatron.core.datasets").setLevel(logging.WARNING)
     config = GPTDatasetConfig(
         random_seed=seed,
@@ -90,11 +99,59 @@ def build(
             # Not only to save time: megatron-core would look for samples in a part without
             # documents for ever.
             config.split_matrix[part] = None
-    built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+
+    def lay_out(on_this_rank: bool) -> list[Any]:
+        wanted_here = lambda: on_this_rank  # noqa: E731
+        found: list[Any] = BlendedMegatronDatasetBuilder(
+            GPTDataset, sizes, wanted_here, config
+        ).build()
+        return found
+
+    # Written by one, whole, before any other looks: its node may see a shared disk late.
+    lay_out(rank == 0)
+    if rank == 0 and not there:
+        _complete(cache, wanted)
     torch.distributed.barrier()
-    if rank == 0:
-        complete.write_text(wanted)
+    _wait_for(cache, wanted)
+    built = lay_out(True)
     return Blend(built[0], built[1] if held_out_samples else None)
+
+
+def _complete(cache: Path, wanted: str) -> None:
+    """Say that a cache is whole, and what it holds."""
+    files = {path.name: path.stat().st_size for path in cache.iterdir()}
+    runs.write_json(cache / _COMPLETE, {"of": wanted, "files": files})
+
+
+def _is_complete(cache: Path, wanted: str) -> bool:
+    """Whether a cache is that of these samples, and every file of it is seen here."""
+    said = runs.read_json(cache / _COMPLETE)
+    if said is None or said["of"] != wanted:
+        return False
+    paths = {cache / name: size for name, size in said["files"].items()}
+    return all(path.exists() and path.stat().st_size == size for path, size in paths.items())
+
+
+def _wait_for(cache: Path, wanted: str, seconds: float = 300.0) -> None:
+    """Wait until what the first rank wrote is seen on this node.
+
+    Raises:
+        WorkError: it does not come.
+    """
+    began, said = time.monotonic(), False
+    while not _is_complete(cache, wanted):
+        waited = time.monotonic() - began
+        if waited > seconds:
+            raise WorkError(
+                cache,
+                f"is not whole on {socket.gethostname()} {waited:.0f} s after the first rank wrote "
+                "it",
+                "RUNS= on a disk that all nodes share",
+            )
+        if waited > _QUIET_SECONDS and not said:
+            logger.warning("waiting to see %s on %s", cache, socket.gethostname())
+            said = True
+        time.sleep(0.1)
 
 
 class MicroBatches(Sampler[list[int]]):

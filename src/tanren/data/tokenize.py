@@ -89,7 +89,7 @@ def run(job: Job, watch: Callable[[Progress], None]) -> list[Made]:
     """
     cut = [units(source, job.unit_bytes) for source in job.sources]
     vocabulary = tokenizer.read(job.tokenizer).size
-    with _pool(job) as pool:
+    with _pool(job) as pool, _disk_errors(job):
         made = iter(_shards(job, pool, [unit for pieces in cut for unit in pieces], watch))
         of_source = [[next(made) for _ in pieces] for pieces in cut]
         for source, mine in zip(job.sources, of_source, strict=True):
@@ -138,7 +138,7 @@ def no_text(source: Source) -> RequestError:
 def run_part(job: Job, part: int, parts: int, watch: Callable[[Progress], None]) -> int:
     """Make every `parts`-th shard of a job, for `run` to find; returns how many they are."""
     every = [unit for source in job.sources for unit in units(source, job.unit_bytes)]
-    with _pool(job) as pool:
+    with _pool(job) as pool, _disk_errors(job):
         return len(_shards(job, pool, every[part::parts], watch))
 
 
@@ -190,6 +190,19 @@ def _join(
         result.name, result.documents, result.tokens, result.empty, result.skipped,
     )  # fmt: skip
     return result
+
+
+@contextmanager
+def _disk_errors(job: Job) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WorkError(
+            error.filename or job.shards,
+            error.strerror or str(error),
+            "make room, or mend what it says, and run the same command again: finished shards in "
+            f"{job.shards} are kept",
+        ) from error
 
 
 @contextmanager

@@ -177,7 +177,7 @@ def _folders_behind(pattern: str) -> set[Path]:
     A Hugging Face cache holds links into another folder, which must be there too.
     """
     found = set()
-    for match in map(Path, glob.glob(pattern)):
+    for match in map(Path, glob.glob(pattern, recursive=True)):
         found.add(match if match.is_dir() else match.parent)
         for file in match.iterdir() if match.is_dir() else [match]:
             if file.is_symlink() and file.exists():
