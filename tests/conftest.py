@@ -16,6 +16,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from tanren import runs
+from tanren.plan.paths import RunFolder
 from tests.data.fake_hub import Hub, serve
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -99,32 +101,51 @@ def end_group(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-@pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """runs/ with preprocess and convert of the tiny recipe, made once for all test workers."""
-    root = tmp_path_factory.getbasetemp()
+def _made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Tanren], None]) -> Path:
+    """A runs folder that is made by the first test worker that asks for it."""
+    root = factory.getbasetemp()
     if os.environ.get("PYTEST_XDIST_WORKER"):
         root = root.parent
-    shared = root / "prepared"
-    with (root / "prepared.lock").open("w") as lock:
+    shared = root / name
+    with (root / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not shared.exists():
-            partial = root / "prepared.partial"
-            tanren = Tanren(partial)
-            for stage in ("preprocess", "convert"):
-                done = tanren(stage, str(RECIPES / f"{stage}.yaml"))
-                assert done.code == 0, done.text
+            partial = root / f"{name}.partial"
+            make(Tanren(partial))
             # The base's path is written down in its result, so the folder keeps its place.
             shared.symlink_to(partial)
-    yield shared
+    return shared
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """runs/ with preprocess and convert of the tiny recipe."""
+
+    def make(tanren: Tanren) -> None:
+        for stage in ("preprocess", "convert"):
+            done = tanren(stage, str(RECIPES / f"{stage}.yaml"))
+            assert done.code == 0, done.text
+
+    return _made_once(tmp_path_factory, "prepared", make)
+
+
+@pytest.fixture(scope="session")
+def once_trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """runs/ with a short training of one process besides, its checkpoints 3, 6 and 8 kept."""
+
+    def make(tanren: Tanren) -> None:
+        shutil.copytree(prepared / "tiny", tanren.runs / "tiny")
+        done = tanren.midtrain(sets=("checkpoints.keep_last=9",))
+        assert done.code == 0, done.text
+
+    return _made_once(tmp_path_factory, "once-trained", make)
 
 
 @pytest.fixture
 def tanren(prepared: Path, tmp_path: Path) -> Tanren:
     """A command whose runs folder already holds preprocess and convert."""
-    runs = tmp_path / "runs"
-    shutil.copytree(prepared / "tiny", runs / "tiny")
-    return Tanren(runs)
+    shutil.copytree(prepared / "tiny", tmp_path / "runs" / "tiny")
+    return Tanren(tmp_path / "runs")
 
 
 @pytest.fixture
@@ -149,6 +170,23 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         # It waits a second before it takes a broken download up again.
         monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda _: None))
         yield served
+
+
+@pytest.fixture
+def trained(once_trained: Path, tmp_path: Path) -> Tanren:
+    """A command whose runs folder holds a short training as well; see `set_back`."""
+    shutil.copytree(once_trained / "tiny", tmp_path / "runs" / "tiny")
+    return Tanren(tmp_path / "runs")
+
+
+def set_back(tanren: Tanren, iteration: int) -> RunFolder:
+    """Leave of a training what a kill after this checkpoint leaves."""
+    folder = RunFolder(tanren.folder())
+    folder.done.unlink()
+    for later in runs.iterations(folder):
+        if later > iteration:
+            shutil.rmtree(folder.checkpoint(later))
+    return folder
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from tanren import runs
-from tests.conftest import RECIPES, SHORT, Tanren, wait_for
+from tests.conftest import RECIPES, SHORT, Tanren, set_back, wait_for
 
 LAYOUTS = {
     "tensor": ("layout.tensor=2",),
@@ -20,13 +20,8 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def single(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Tanren:
-    root = tmp_path_factory.mktemp("single")
-    shutil.copytree(prepared / "tiny", root / "tiny")
-    tanren = Tanren(root)
-    done = tanren.midtrain()
-    assert done.code == 0, done.text
-    return tanren
+def single(once_trained: Path) -> Tanren:
+    return Tanren(once_trained)
 
 
 def curve(tanren: Tanren, key: str) -> list[float]:
@@ -73,12 +68,9 @@ def test_the_z_loss_lowers_z_and_the_loss_stays_the_cross_entropy(
     assert f"loss {losses[0]:.4f}  z-loss {z_losses[0]:.4f}" in log
 
 
-@pytest.mark.parametrize(
-    "layout", [LAYOUTS["tensor"], ("layout.pipeline=2", "layout.data=2", "micro_batch=2")]
-)
-def test_the_z_loss_is_the_same_in_every_layout(
-    tanren: Tanren, with_z_loss: Tanren, layout: tuple[str, ...]
-) -> None:
+def test_the_z_loss_is_the_same_in_another_layout(tanren: Tanren, with_z_loss: Tanren) -> None:
+    """Over parts of the vocabulary it is tested in tests/engine/test_loss.py."""
+    layout = ("layout.pipeline=2", "layout.data=2", "micro_batch=2")
     done = tanren.midtrain(sets=(*layout, Z_LOSS))
     assert done.code == 0, done.text
     for key in ("loss", "z_loss", "held_out_loss", "grad_norm"):
@@ -87,25 +79,16 @@ def test_the_z_loss_is_the_same_in_every_layout(
         assert mine == pytest.approx(theirs, rel=2e-5), key
 
 
-@pytest.mark.parametrize(
-    ("first", "second"), [("tensor", "pipeline"), ("data", "tensor"), ("pipeline", "data")]
-)
-def test_a_checkpoint_of_one_layout_goes_on_in_another(
-    tanren: Tanren, single: Tanren, first: str, second: str
-) -> None:
-    done = tanren.midtrain(sets=(*LAYOUTS[first], "checkpoints.keep_last=9"))
-    assert done.code == 0, done.text
-    # Go back to the checkpoint after step 3, as if the rest had not been.
-    folder = tanren.folder()
-    (folder / "DONE").unlink()
-    for later in ("iter_0000006", "iter_0000008"):
-        shutil.rmtree(folder / "checkpoints" / later)
-    (folder / "metrics.jsonl").rename(folder / "metrics.before")
-
-    done = tanren.midtrain(sets=LAYOUTS[second])
-    assert done.code == 0, done.text
-    assert "goes on from iteration 3" in done.out
-    assert curve(tanren, "loss") == pytest.approx(curve(single, "loss")[3:], rel=2e-5)
+def test_a_checkpoint_goes_from_layout_to_layout(trained: Tanren, single: Tanren) -> None:
+    """One process, then tensor, pipeline and data parallel, each from what the one before saved."""
+    every = "checkpoints.every_steps=1"
+    for first, layout in ((3, "tensor"), (5, "pipeline"), (7, "data")):
+        folder = set_back(trained, first)
+        folder.metrics.unlink()
+        done = trained.midtrain(sets=(*LAYOUTS[layout], every, "checkpoints.keep_last=9"))
+        assert done.code == 0, done.text
+        assert f"goes on from iteration {first}" in done.out
+        assert curve(trained, "loss") == pytest.approx(curve(single, "loss")[first:], rel=2e-5)
 
 
 def test_a_data_sharded_checkpoint_refuses_another_layout(tanren: Tanren) -> None:

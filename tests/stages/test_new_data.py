@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
 from tanren import runs
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import MidtrainPlan, read_plan
-from tests.conftest import Tanren
+from tests.conftest import Tanren, set_back
 
 MIX = "mix.ratios={docstrings: 0.2}"
 KEEP = "checkpoints.keep_last=5"
-
-
-def set_back(folder: RunFolder, iteration: int) -> None:
-    """Leave what a run that was killed after this checkpoint leaves."""
-    folder.done.unlink()
-    for later in runs.iterations(folder):
-        if later > iteration:
-            shutil.rmtree(folder.checkpoint(later))
 
 
 def losses(folder: RunFolder) -> dict[int, float]:
@@ -32,12 +22,9 @@ def newest_log(folder: RunFolder) -> str:
     return folder.log(len(attempts)).read_text()
 
 
-def test_new_data_are_asked_for_and_begin_where_the_run_goes_on(tanren: Tanren) -> None:
-    folder = RunFolder(tanren.folder())
-    done = tanren.midtrain(sets=(KEEP,))
-    assert done.code == 0, done.text
+def test_new_data_are_asked_for_and_begin_where_the_run_goes_on(trained: Tanren) -> None:
+    tanren, folder = trained, set_back(trained, 3)
     old = losses(folder)
-    set_back(folder, 3)
 
     refused = tanren.midtrain(sets=(KEEP, MIX))
     assert refused.code == 2
@@ -71,7 +58,7 @@ def test_new_data_are_asked_for_and_begin_where_the_run_goes_on(tanren: Tanren) 
     assert fresh[1] == pytest.approx(straight[4], rel=1e-6)
 
     # The same data again: where they began is kept, and the curve is the straight run's.
-    set_back(folder, 6)
+    set_back(tanren, 6)
     again = tanren.midtrain(sets=(KEEP, MIX))
     assert again.code == 0, again.text
     assert "the present data began at iteration 3; 24 of its samples are read" in newest_log(folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
@@ -21,16 +20,6 @@ ONE = ("steps=2", "schedule.warmup_steps=0", "schedule.decay_steps=1")
 
 def first_loss(tanren: Tanren, name: str = "midtrain") -> float:
     return runs.curve(tanren.folder(name) / "metrics.jsonl", "loss")[1]
-
-
-@pytest.fixture(scope="module")
-def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Tanren:
-    root = tmp_path_factory.mktemp("trained")
-    shutil.copytree(prepared / "tiny", root / "tiny")
-    tanren = Tanren(root)
-    done = tanren.midtrain()
-    assert done.code == 0, done.text
-    return tanren
 
 
 def test_every_base_starts_where_it_should(trained: Tanren) -> None:
