@@ -65,7 +65,7 @@ cancel: ## end the jobs of RUN, saved (NOW=1: at once)
 	@bin/setup host && bin/tanren cancel $(RUN) $(if $(NOW),--now)
 
 test: ## every test that this machine can run
-	@bin/setup dev && .venv/bin/python -m pytest -n auto
+	@bin/setup dev && .venv/bin/python -m pytest -n auto --dist worksteal
 
 test-images: ## builds cpu.sif twice and trains in it; needs Apptainer and a network
 	@bin/setup dev && .venv/bin/python -m pytest -n 2 -m images --durations 5
