@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -63,30 +64,34 @@ class Writer:
         """Write the index and give both files their names."""
         self._bin.close()
         lengths = np.frombuffer(self.lengths, dtype=np.int32)
-        _write_index(self.prefix, self.dtype, [lengths])
+        _write_index(self.prefix, self.dtype, len(lengths), lambda: [lengths])
         for path in (bin_path(self.prefix), idx_path(self.prefix)):
             _partial(path).replace(path)
         return Counts(len(lengths), int(lengths.sum(dtype=np.int64)))
 
 
 def _write_index(
-    prefix: Path, dtype: np.dtype[Any], parts: Sequence[npt.NDArray[np.int32]]
-) -> None:
-    """Write the index of documents whose lengths come in parts, one part in memory at a time."""
+    prefix: Path, dtype: np.dtype[Any], documents: int,
+    parts: Callable[[], Iterable[npt.NDArray[np.int32]]],
+) -> None:  # fmt: skip
+    """Write the index of documents whose lengths come in parts, one part in memory at a time.
+
+    Args:
+        parts: gives the parts anew at each call.
+    """
     code = next(code for code, known in _TYPES.items() if known == dtype)
-    documents = sum(len(part) for part in parts)
     with _partial(idx_path(prefix)).open("wb") as file:
         file.write(MAGIC)
         file.write(HEADER.pack(1, code, documents, documents + 1))
-        for part in parts:
+        for part in parts():
             file.write(part.astype("<i4", copy=False).tobytes())
         offset = 0
-        for part in parts:
+        for part in parts():
             ends = np.cumsum(part, dtype="<i8")
             file.write(((ends - part + offset) * dtype.itemsize).astype("<i8").tobytes())
             offset += int(ends[-1]) if len(ends) else 0
         first = 0
-        for part in parts:
+        for part in parts():
             file.write(np.arange(first, first + len(part), dtype="<i8").tobytes())
             first += len(part)
         file.write(np.int64(documents).astype("<i8").tobytes())
@@ -103,27 +108,22 @@ def join(
     """
     dtype = token_type(vocabulary_size)
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    lengths = [_lengths(shard) for shard in shards]
-    _write_index(prefix, dtype, lengths)
-    sizes = [bin_path(shard).stat().st_size for shard in shards]
-    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    counts = [count(shard) for shard in shards]
+    documents = [one.documents for one in counts]
+    _write_index(prefix, dtype, sum(documents), lambda: map(_lengths, shards, documents))
+    *starts, size = accumulate((one.tokens * dtype.itemsize for one in counts), initial=0)
     whole = _partial(bin_path(prefix))
     with whole.open("wb") as file:
-        file.truncate(sum(sizes))
+        file.truncate(size)
     list(run(_copy_into, [whole] * len(shards), [bin_path(s) for s in shards], starts))
     for path in (bin_path(prefix), idx_path(prefix)):
         _partial(path).replace(path)
-    return Counts(sum(len(part) for part in lengths), sum(sizes) // dtype.itemsize)
+    return Counts(sum(documents), sum(one.tokens for one in counts))
 
 
-def _lengths(prefix: Path) -> npt.NDArray[np.int32]:
-    """The lengths of a pair's documents, mapped and not read."""
-    documents = count(prefix).documents
-    if not documents:
-        return np.zeros(0, dtype=np.int32)
-    return np.memmap(
-        idx_path(prefix), dtype="<i4", mode="r", offset=HEADER_BYTES, shape=(documents,)
-    )
+def _lengths(prefix: Path, documents: int) -> npt.NDArray[np.int32]:
+    """The lengths of a pair's documents."""
+    return np.fromfile(idx_path(prefix), dtype="<i4", count=documents, offset=HEADER_BYTES)
 
 
 def _copy_into(whole: Path, part: Path, start: int) -> None:
@@ -143,8 +143,7 @@ def check(prefix: Path) -> Counts:
         RequestError: a file is missing, truncated, or not Megatron's.
     """
     counts, idx = count(prefix), idx_path(prefix)
-    lengths = np.fromfile(idx, dtype="<i4", count=counts.documents, offset=HEADER_BYTES)
-    total = int(lengths.sum(dtype=np.int64))
+    total = int(_lengths(prefix, counts.documents).sum(dtype=np.int64))
     if total != counts.tokens:
         raise RequestError(
             idx, f"has lengths of {total} tokens, and {counts.tokens} by its offsets", AGAIN
