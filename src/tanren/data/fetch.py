@@ -292,8 +292,10 @@ def _download_one(reference: Reference, folder: Path, file: _Listed, tally: _Tal
 def _verified(folder: Path, file: _Listed) -> FetchedFile:
     """The facts of a file that has the hub's content; one that has not is removed."""
     path = folder / file.path
-    sha256, git = _hashes(path, file.bytes)
-    stated = sha256 if file.algorithm == "sha256" else git
+    sha256 = _hash(path, hashlib.sha256())
+    # What is not large the hub states by the name that git gives its content.
+    git = hashlib.sha1(b"blob %d\0" % file.bytes, usedforsecurity=False)
+    stated = sha256 if file.algorithm == "sha256" else _hash(path, git)
     size = path.stat().st_size
     if (size, stated) != (file.bytes, file.digest):
         path.unlink()
@@ -307,14 +309,11 @@ def _verified(folder: Path, file: _Listed) -> FetchedFile:
     return FetchedFile(bytes=size, sha256=sha256)
 
 
-def _hashes(path: Path, size: int) -> tuple[str, str]:
-    """SHA-256 of a file, and the name that git gives its content."""
-    sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+def _hash(path: Path, digest: Any) -> str:
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
-            sha256.update(block)
-            git.update(block)
-    return sha256.hexdigest(), git.hexdigest()
+            digest.update(block)
+    return str(digest.hexdigest())
 
 
 def _changed(found: Fetched, folder: Path, report: Report, workers: int) -> list[str]:
@@ -327,7 +326,7 @@ def _changed(found: Fetched, folder: Path, report: Report, workers: int) -> list
 
     def same(path: str) -> bool:
         facts = manifest.files[path]
-        sha256, _ = _hashes(folder / path, facts.bytes)
+        sha256 = _hash(folder / path, hashlib.sha256())
         tally.add(facts.bytes, files=1)
         return sha256 == facts.sha256
 
