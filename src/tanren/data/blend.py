@@ -108,12 +108,13 @@ def build(
         return found
 
     # Written by one, whole, before any other looks: its node may see a shared disk late.
-    lay_out(rank == 0)
+    built = lay_out(rank == 0)
     if rank == 0 and not there:
         _complete(cache, wanted)
     torch.distributed.barrier()
     _wait_for(cache, wanted)
-    built = lay_out(True)
+    others = lay_out(rank != 0)
+    built = others if rank else built
     return Blend(built[0], built[1] if held_out_samples else None)
 
 
