@@ -20,7 +20,7 @@ from tanren.config.errors import RequestError
 from tanren.config.schema import Source
 from tanren.data import python_text
 from tanren.data.compressed import OPENERS, Position, unpacked
-from tanren.data.sources import files_of
+from tanren.data.sources import KINDS, files_of
 
 # Text that one worker turns into one shard. Large enough that a worker's start does not count,
 # small enough that the last ones end together.
@@ -40,15 +40,6 @@ class Unit:
     path: Path | None = None
     first: int = 0
     end: int | None = None
-
-    @property
-    def size(self) -> int:
-        """Bytes on disk, to weigh one unit against another; 0 where there is no file."""
-        if self.path is None:
-            return 0
-        if self.end is not None and _kind(self.path) == "lines":
-            return self.end - self.first
-        return self.path.stat().st_size
 
 
 def units(source: Source, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
@@ -76,16 +67,14 @@ def units(source: Source, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
 
 def _kind(path: Path) -> str:
     """By the last part of its name: lines, gz, zst or parquet."""
-    suffix = path.suffix.lower().removeprefix(".")
-    if suffix in ("gz", "zst", "parquet"):
-        return suffix
-    if suffix in ("jsonl", "json", "ndjson"):
-        return "lines"
-    raise RequestError(
-        path,
-        "is not a kind of file that is known here",
-        "known are .jsonl and .json (one object a line), also with .gz or .zst, and .parquet",
-    )
+    kind = KINDS.get(path.suffix.lower())
+    if kind is None:
+        raise RequestError(
+            path,
+            "is not a kind of file that is known here",
+            "known are .jsonl and .json (one object a line), also with .gz or .zst, and .parquet",
+        )
+    return kind
 
 
 def _cut_lines(source: Source, path: Path, unit_bytes: int) -> Iterator[Unit]:

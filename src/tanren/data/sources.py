@@ -10,7 +10,10 @@ from tanren.config.schema import Source
 from tanren.data import hub
 
 # What documents.py reads; of a folder, these files are taken.
-SUFFIXES = (".jsonl", ".json", ".ndjson", ".gz", ".zst", ".parquet")
+KINDS = {
+    ".jsonl": "lines", ".json": "lines", ".ndjson": "lines", ".gz": "gz", ".zst": "zst",
+    ".parquet": "parquet",
+}  # fmt: skip
 
 
 def wanted_of(source: Source) -> hub.Wanted | None:
@@ -46,10 +49,10 @@ def files_of(source: Source) -> list[Path]:
 def _files_below(path: Path, source: Source) -> list[Path]:
     if path.is_file():
         return [path]
-    files = [p for p in path.rglob("*") if p.name.lower().endswith(SUFFIXES) and p.is_file()]
+    files = [p for p in path.rglob("*") if p.suffix.lower() in KINDS and p.is_file()]
     if not files:
         raise RequestError(
-            path, f"holds no data file ({', '.join(SUFFIXES)}), and source {source.name} needs one",
+            path, f"holds no data file ({', '.join(KINDS)}), and source {source.name} needs one",
             "name the files, such as FOLDER/*.jsonl",
         )  # fmt: skip
     return files
