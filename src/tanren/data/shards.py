@@ -45,7 +45,6 @@ class Shard:
     tokens: int
     empty: int
     skipped: int
-    characters: int
 
 
 class Maker:
@@ -54,7 +53,7 @@ class Maker:
     def __init__(self, tokenizer: Tokenizer, settings: Settings, folder: Path) -> None:
         self.tokenizer, self.settings, self.folder = tokenizer, settings, folder
         self._problems: list[RequestError] = []
-        self._empty = self._characters = 0
+        self._empty = 0
 
     def __call__(self, unit: Unit) -> Shard:
         """The shard of a unit, made now or before.
@@ -75,17 +74,14 @@ class Maker:
         return [_FORMAT, self.tokenizer.digest, asdict(self.settings), key]
 
     def _make(self, unit: Unit, key: str) -> Shard:
-        self._problems, self._empty, self._characters = [], 0, 0
+        self._problems, self._empty = [], 0
         # Two nodes may be given the same text: each writes under a name of its own.
         prefix = self.folder / f"{key}.{runs.unique()}"
         writer = indexed.Writer(prefix, self.tokenizer.size)
         for texts in self._batches(unit):
             self._write(writer, texts)
         counts = writer.close()
-        shard = Shard(
-            key, counts.documents, counts.tokens, self._empty, len(self._problems),
-            self._characters,
-        )  # fmt: skip
+        shard = Shard(key, counts.documents, counts.tokens, self._empty, len(self._problems))
         for suffix in ("bin", "idx"):
             (self.folder / f"{prefix.name}.{suffix}").replace(self.folder / f"{key}.{suffix}")
         if self._problems:
@@ -114,11 +110,9 @@ class Maker:
             held += len(text)
             if held >= _BATCH_CHARACTERS:
                 yield batch
-                self._characters += held
                 batch, held = [], 0
         if batch:
             yield batch
-        self._characters += held
 
     def _write(self, writer: indexed.Writer, texts: list[str]) -> None:
         found = [ids for ids in self.tokenizer.encode(texts) if len(ids)]
