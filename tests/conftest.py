@@ -158,6 +158,10 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub that this process and its commands ask instead of the real one, and an empty DATA."""
     from huggingface_hub import constants, file_download
 
+    from tanren.data import fetch
+
+    # Each test has a hub of its own, and repositories of the same names.
+    fetch._list.cache_clear()
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "hf").mkdir()

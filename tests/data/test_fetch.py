@@ -68,6 +68,7 @@ def test_globs_are_added_to_what_is_there(fake_hub: Hub) -> None:
     fake_hub.asked.clear()
     assert names(fetch.fetch(wanted("o/corpus", "web/*"))) == ["web/a.jsonl", "web/b.jsonl"]
     assert [line.rpartition("/")[2] for line in fake_hub.downloads()] == ["b.jsonl"]
+    assert not [line for line in fake_hub.asked if "/tree/" in line], "it was listed before"
     assert hub.find(wanted("o/corpus", "web/a*")) == first
     fetch.fetch(wanted("o/corpus", "*.md"))
     assert hub.find(wanted("o/corpus", "web/a*")) == first

@@ -7,6 +7,7 @@ fit on the disk, whether their content is what the hub states, and a manifest wh
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import os
 import shutil
@@ -142,8 +143,9 @@ def _ask_commit(reference: Reference) -> str:
     return str(info.sha)
 
 
+@functools.cache
 def _list(reference: Reference) -> list[_Listed]:
-    """Every file of a repository at a commit."""
+    """Every file of a repository at a commit; asked once, however many sources take from it."""
     from huggingface_hub.hf_api import RepoFile
 
     with _explained(reference):
