@@ -274,7 +274,8 @@ def tokenize(
     with terminal.working(screen) as report:
         made = tokenizing.by_hand(
             input_, tokenizer, output_prefix, settings, text_key=text_key,
-            workers=workers or tokenizing.cores(), watch=lambda now: report(now.text()),
+            workers=workers or tokenizing.cores(),
+            watch=lambda now: report(terminal.tokenized(vars(now))),
         )  # fmt: skip
     screen.print(f"{made.documents:,} documents, {made.tokens:,} tokens: {output_prefix}.bin, .idx"
                  f"   ({made.empty:,} empty, {made.skipped:,} lines passed over)")  # fmt: skip

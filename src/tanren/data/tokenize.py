@@ -52,12 +52,6 @@ class Progress:
     tokens: int
     seconds: float
 
-    def text(self) -> str:
-        speed = self.tokens / max(self.seconds, 1e-9)
-        return (
-            f"{self.doing} {self.done}/{self.total}  {self.tokens:,} tokens  {speed:,.0f} tokens/s"
-        )
-
 
 @dataclass(frozen=True)
 class Job:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,15 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def tokenized(now: Mapping[str, Any]) -> str:
+    """How far the tokenizing is (`data.tokenize.Progress` as values)."""
+    speed = now["tokens"] / max(now["seconds"], 1e-9)
+    return (
+        f"{now['doing']} {now['done']}/{now['total']}  {now['tokens']:,} tokens  "
+        f"{speed:,.0f} tokens/s"
+    )
+
+
 class Watcher:
     """Follows one attempt of a stage: a bar on a terminal, a line now and then elsewhere."""
 
@@ -126,10 +135,7 @@ class Watcher:
             )
         elif "doing" in line:
             left = (line["total"] - line["done"]) * line["seconds"] / max(line["done"], 1)
-            self.text = (
-                f"{line['doing']} {line['done']}/{line['total']}  {line['tokens']:,} tokens  "
-                f"{line['tokens'] / max(line['seconds'], 1e-9):,.0f} tokens/s  {clock(left)} left"
-            )
+            self.text = f"{tokenized(line)}  {clock(left)} left"
 
 
 def console() -> Console:
