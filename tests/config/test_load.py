@@ -14,9 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tanren.config import load
+from tanren.config.data import Preprocess
 from tanren.config.errors import RequestError
 from tanren.config.load import merge, parse_set, read_recipe, read_user
-from tanren.config.schema import STAGES, Convert, Export, Midtrain, Preprocess, Recipe, User
+from tanren.config.schema import STAGES, Convert, Export, Recipe
+from tanren.config.site import User
+from tanren.config.training import Midtrain, Training
 
 RECIPES = load.repository() / "recipes"
 MIDTRAIN = """\
@@ -40,9 +43,9 @@ sources:
     python_documentation: topics
 """
 FIELDS = (
-    "model, init, data, mix, resume, split, sequence_length, global_batch, micro_batch, steps, "
-    "tokens, precision, fp8, optimizer, schedule, z_loss, layout, checkpoints, evaluation, seed, "
-    "job, measured"
+    "model, init, sequence_length, global_batch, micro_batch, steps, precision, fp8, optimizer, "
+    "schedule, layout, checkpoints, seed, job, measured, data, mix, resume, split, tokens, z_loss, "
+    "evaluation"
 )
 OPTIMIZER = "lr, min_lr, beta1, beta2, epsilon, weight_decay, clip_grad"
 HINT = "YAML reads a number such as 5e-5 as text: write 5.0e-5"
@@ -98,7 +101,7 @@ def test_every_recipe_of_the_repository_is_read() -> None:
     for path in found:
         stage, recipe = read_recipe(path, None, [])
         stages.add(stage)
-        if isinstance(recipe, Midtrain | Convert):
+        if isinstance(recipe, Training | Convert):
             assert load.read_model(recipe.model).layers > 0
     assert stages == set(STAGES)
 
@@ -188,8 +191,8 @@ def test_a_file_that_is_not_fields_with_values(folder: Folder, text: str, messag
 
 def test_an_empty_file_misses_every_field_that_has_no_default(folder: Folder) -> None:
     folder.write(midtrain="# nothing yet\n")
-    fields = ("model", "init", "data", "sequence_length", "global_batch", "optimizer")
-    lines = [f"midtrain.yaml: {field}: is missing" for field in (*fields, "checkpoints")]
+    fields = ("model", "init", "sequence_length", "global_batch", "optimizer", "checkpoints")
+    lines = [f"midtrain.yaml: {field}: is missing" for field in (*fields, "data")]
     assert folder.refusal() == lines[0] + ".\n  next: also " + "\n        also ".join(lines[1:])
 
 
@@ -284,7 +287,8 @@ def test_a_list_is_read_whole(folder: Folder) -> None:
             "pretrain",
             None,
             "pretrain.yaml: the file's name is not that of a stage.\n"
-            "  next: one of preprocess.yaml, convert.yaml, midtrain.yaml, export.yaml",
+            "  next: one of preprocess.yaml, convert.yaml, midtrain.yaml, sft.yaml, dpo.yaml, "
+            "export.yaml",
         ),
     ],
 )

@@ -10,19 +10,12 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from tanren.config import schema
-from tanren.config.schema import (
-    Convert,
-    Export,
-    Layout,
-    Midtrain,
-    Model,
-    Preprocess,
-    Schedule,
-    Source,
-    Strict,
-    Tokenizer,
-)
+from tanren.config import data, fields, schema, site, training
+from tanren.config.data import Preprocess, Source, Tokenizer
+from tanren.config.fields import Strict
+from tanren.config.model import Model
+from tanren.config.schema import Convert, Export
+from tanren.config.training import Layout, Lora, Midtrain, Preference, Schedule
 
 LARGE: dict[str, Any] = {
     "layers": 32, "hidden_size": 4096, "ffn_hidden_size": 14336, "attention_heads": 32,
@@ -61,15 +54,17 @@ def models(above: type[Strict] = Strict) -> Iterator[type[Strict]]:
 
 
 def test_every_model_is_strict() -> None:
-    """The search finds the stages and what they are made of, and every model of the module."""
+    """The search finds the stages and what they are made of, and every model of the modules."""
     found = set(models())
-    assert {*schema.STAGES.values(), Model, Layout, Source, schema.User} <= found
+    assert {*schema.STAGES.values(), Model, Layout, Source, site.User} <= found
+    modules = {module.__name__: module for module in (fields, data, training, schema, site)}
     written = {
         kind
-        for _, kind in inspect.getmembers(schema, inspect.isclass)
-        if issubclass(kind, BaseModel) and kind.__module__ == schema.__name__
+        for module in modules.values()
+        for _, kind in inspect.getmembers(module, inspect.isclass)
+        if issubclass(kind, BaseModel) and kind.__module__ == module.__name__
     }
-    assert written == {model for model in found if model.__module__ == schema.__name__} | {Strict}
+    assert written == {model for model in found if model.__module__ in modules} | {Strict}
 
 
 @pytest.mark.parametrize("model", sorted(models(), key=str))
@@ -317,6 +312,73 @@ def test_layout() -> None:
     assert refusals(Layout, {"sequence_parallel": True}) == [("", message)]
 
 
+RPO = ("rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl")
+
+
+@pytest.mark.parametrize(
+    ("losses", "values", "message"),
+    [
+        (("dpo", "simpo"), {"label_smoothing": 0.1}, None),
+        (
+            ("ipo", *RPO),
+            {"label_smoothing": 0.1},
+            "label_smoothing belongs to dpo and simpo, not to {}",
+        ),
+        (("simpo",), {"gamma": 0}, None),
+        (("dpo", "ipo", *RPO), {"gamma": 0}, "gamma belongs to simpo, not to {}"),
+        (RPO, {"reward_scale": 2}, None),
+        (
+            ("dpo", "ipo", "simpo"),
+            {"reward_scale": 2},
+            "reward_scale belongs to the rpo losses, not to {}",
+        ),
+        (("dpo", "ipo", *RPO), {"average_log_probs": True}, None),
+        (
+            ("simpo",),
+            {"average_log_probs": True},
+            "{} averages log-probabilities as it is: leave out average_log_probs",
+        ),
+        (("dpo", "ipo", *RPO, "simpo"), {"beta": 2.5, "sft_weight": 0.2}, None),
+    ],
+)
+def test_a_preferences_options_belong_to_a_loss(
+    losses: tuple[str, ...], values: dict[str, Any], message: str | None
+) -> None:
+    for loss in losses:
+        if message:
+            assert refusals(Preference, {"loss": loss, **values}) == [("", message.format(loss))]
+        else:
+            preference = read(Preference, {"loss": loss, **values})
+            assert preference.model_dump(exclude_unset=True) == {"loss": loss, **values}
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", *RPO, "simpo"])
+def test_a_preference_that_was_written_out_whole_reads_again(loss: str) -> None:
+    """An order that waits in a queue has every field, also those that belong to other losses."""
+    preference = read(Preference, {"loss": loss})
+    assert read(Preference, preference.model_dump(mode="json")) == preference
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("label_smoothing", 0.5, "Input should be less than 0.5"),
+        ("label_smoothing", -0.1, "Input should be greater than or equal to 0"),
+        ("beta", 0, "Input should be greater than 0"),
+        ("reward_scale", 0, "Input should be greater than 0"),
+        ("sft_weight", -1, "Input should be greater than or equal to 0"),
+        ("gamma", -1, "Input should be greater than or equal to 0"),
+        (
+            "loss",
+            "orpo",
+            "Input should be 'dpo', 'ipo', 'rpo_sq', 'rpo_bwd_kl', 'rpo_fwd_kl' or 'simpo'",
+        ),
+    ],
+)
+def test_a_preferences_numbers_have_bounds(field: str, value: object, message: str) -> None:
+    assert refusals(Preference, {field: value}) == [(field, message)]
+
+
 @pytest.mark.parametrize(
     ("model", "values", "message"),
     [
@@ -345,7 +407,7 @@ def test_layout() -> None:
         (
             Export,
             {"of": "stage:midtrain", "sample_tokens": 1},
-            "sample_tokens needs a prompt to go on from",
+            "sample_tokens needs a prompt to go on from, or a question to answer",
         ),
     ],
 )
@@ -385,3 +447,42 @@ def test_a_repository_is_written_in_one_way(reference: str) -> None:
     assert place == "hf"
     assert "pattern" in problem
     assert Source.model_validate_json('{"name": "web", "hf": "o/a@refs/pr/1", "files": ["*"]}')
+
+
+@pytest.mark.parametrize(
+    ("targets", "linears"),
+    [
+        ("all", ("attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2")),
+        (["attention"], ("attention_qkv", "attention_dense")),
+        ("mlp", ("mlp_fc1", "mlp_fc2")),
+        (["mlp_fc2", "attention_qkv", "mlp_fc2"], ("attention_qkv", "mlp_fc2")),
+        (["mlp", "attention_dense"], ("attention_dense", "mlp_fc1", "mlp_fc2")),
+    ],
+)
+def test_the_targets_of_adapters_name_linear_layers(
+    targets: str | list[str], linears: tuple[str, ...]
+) -> None:
+    assert read(Lora, {"targets": targets}).linears == linears
+
+
+def test_adapters_without_a_word_are_of_every_linear_layer() -> None:
+    lora = read(Lora, {})
+    assert (lora.rank, lora.alpha, lora.dropout, len(lora.linears)) == (32, 32.0, 0.0, 4)
+    assert read(Lora, {"rank": 8, "alpha": 20}).scale == 2.5
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "words"),
+    [
+        ({"targets": []}, "targets", "at least 1 item"),
+        ({"targets": ["embeddings"]}, "targets.0", "Input should be 'attention_qkv'"),
+        ({"rank": 0}, "rank", "greater than 0"),
+        ({"dropout": 1.0}, "dropout", "less than 1"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused(
+    values: dict[str, Any], field: str, words: str
+) -> None:
+    ((where, what),) = refusals(Lora, values)
+    assert where == field
+    assert words in what

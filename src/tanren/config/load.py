@@ -20,7 +20,10 @@ import yaml
 from pydantic import ValidationError
 
 from tanren.config.errors import RequestError
-from tanren.config.schema import STAGES, Model, Recipe, Site, Strict, User
+from tanren.config.fields import Strict
+from tanren.config.model import Model
+from tanren.config.schema import STAGES, Recipe
+from tanren.config.site import Site, User
 
 if sys.version_info >= (3, 11):
     import tomllib
