@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from tanren.config.errors import RequestError, TanrenError, error_from_dict
+from tanren.config.errors import RequestError, TanrenError, WorkError, error_from_dict
 from tanren.plan.paths import (
     CHECKPOINT_FILES,
     PARTIAL,
@@ -26,6 +27,7 @@ from tanren.plan.paths import (
     iteration_of,
     part_named,
 )
+from tanren.plan.plan import MidtrainPlan, Plan, TuningPlan, digest
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -59,6 +61,27 @@ def read_json(path: Path) -> Any:
         raise RequestError(
             path, f"is not JSON: {error}", "it was changed by hand or the disk was full: remove it"
         ) from None
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A folder that gets its name when everything in it is written."""
+    partial = final.with_name(final.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise WorkError(
+            final, f"cannot be written: {error.strerror}", "make room and run the command again"
+        ) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def mark_done(folder: RunFolder, result: dict[str, Any]) -> None:
@@ -137,6 +160,17 @@ def iterations(folder: RunFolder) -> tuple[int, ...]:
         return ()
     found = (iteration_of(path) for path in folder.checkpoints.iterdir())
     return tuple(sorted(number for number in found if number is not None))
+
+
+def total_steps(plan: Plan) -> int | None:
+    """Steps of a whole training; None for other stages, and before sft or dpo read its data."""
+    if isinstance(plan, MidtrainPlan):
+        return plan.batch.steps
+    if isinstance(plan, TuningPlan):
+        laid_out = read_json(plan.folder.examples) or {}
+        same = laid_out.get("settings") == digest(plan.settings)
+        return plan.steps or (laid_out.get("steps") if same else None)
+    return None
 
 
 def check_checkpoint(folder: RunFolder, iteration: int) -> Path:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tanren.config.errors import RequestError
-from tanren.config.schema import Checkpointing, Evaluation, Layout, Midtrain, Optimizer
+from tanren.config.training import Checkpointing, Evaluation, Layout, Midtrain, Optimizer
 from tanren.plan.batch import (
     ceil_div,
     check_divides,

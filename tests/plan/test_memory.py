@@ -8,7 +8,7 @@ import pytest
 
 from tanren.config.errors import RequestError
 from tanren.config.load import read_model, read_recipe
-from tanren.config.schema import Midtrain
+from tanren.config.training import Midtrain
 from tanren.plan.batch import make_batch
 from tanren.plan.cost import Gpu, check_memory, estimated_hours
 from tanren.plan.memory import GIB, Engine, training_memory
@@ -98,7 +98,15 @@ def refused(*sets: str, gpu: Gpu = H200, gpus: int = 1) -> RequestError:
     wanted = recipe(*sets)
     batch = make_batch(wanted, gpus // wanted.layout.model_parallel, "here", steps=1)
     with pytest.raises(RequestError) as error:
-        check_memory(EIGHT, wanted, batch, "bf16", gpu, "recipes/x/midtrain.yaml")
+        check_memory(
+            EIGHT,
+            wanted,
+            batch.data_parallel,
+            batch.accumulation,
+            "bf16",
+            gpu,
+            "recipes/x/midtrain.yaml",
+        )
     return error.value
 
 
@@ -125,20 +133,20 @@ def test_a_model_that_fits_nowhere_is_said_so() -> None:
 def test_the_hours_are_an_assumption_about_a_known_gpu() -> None:
     wanted = recipe("steps=500", "global_batch=512", "measured=null")
     batch = make_batch(wanted, 8, "here", steps=500)
-    found = estimated_hours(EIGHT, wanted, batch, H200, 8)
+    found = estimated_hours(EIGHT, wanted, batch.tokens, H200, 8)
     assert found is not None
     hours, assumption = found
     # 1.049 B tokens of 49.93 GFLOP at 8 x 494.5 TFLOP/s.
     assert hours == pytest.approx(3.68, rel=0.01)
     assert assumption == "at 50% of 8 x 989 TFLOP/s, an assumption"
-    assert estimated_hours(EIGHT, wanted, batch, Gpu("Other", 80.0), 8) is None
+    assert estimated_hours(EIGHT, wanted, batch.tokens, Gpu("Other", 80.0), 8) is None
 
 
 def test_the_hours_of_a_recipe_that_was_measured_are_from_that() -> None:
     wanted = recipe("steps=3600", "global_batch=16")
     assert wanted.measured is not None
     batch = make_batch(wanted, 2, "here", steps=3600)
-    found = estimated_hours(EIGHT, wanted, batch, Gpu("Other", 80.0), 2)
+    found = estimated_hours(EIGHT, wanted, batch.tokens, Gpu("Other", 80.0), 2)
     # 3600 x 16 x 4096 tokens at 2 x 50,972 a second.
     assert found == (
         pytest.approx(0.6429, rel=0.001),

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from tanren.config.data import Mix
 from tanren.config.errors import RequestError
-from tanren.config.schema import Checkpointing, Evaluation, Midtrain, Mix, Optimizer
+from tanren.config.training import Checkpointing, Evaluation, Midtrain, Optimizer
 from tanren.launch.inputs import read_counts
 from tanren.plan.mix import Mixture, SourceCount, count_notes, make_mixture
 from tests.conftest import REPOSITORY

@@ -13,6 +13,8 @@ import pytest
 
 from tanren.config.errors import RequestError
 from tanren.config.load import read_model, read_recipe
+from tanren.plan.make import make_plan
+from tanren.plan.midtrain import has_new_data
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import (
     Begun,
@@ -21,8 +23,6 @@ from tanren.plan.plan import (
     Product,
     Request,
     differences,
-    has_new_data,
-    make_plan,
     read_plan,
     reference,
     stage_of,

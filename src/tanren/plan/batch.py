@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tanren.config.errors import RequestError
-from tanren.config.schema import Layout, Midtrain, Strict
+from tanren.config.fields import Strict
+from tanren.config.training import Layout, Midtrain, Training
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -11,11 +12,16 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-class Batch(Strict):
-    """How a global batch is cut, and how many of them the run takes."""
+class Cut(Strict):
+    """How a global batch lies over the processes."""
 
     data_parallel: int
     micro_batch: int
+
+
+class Batch(Cut):
+    """How a global batch is cut, and how many of them the run takes."""
+
     accumulation: int
     steps: int
     tokens_per_step: int
@@ -79,7 +85,7 @@ def make_batch(recipe: Midtrain, data_parallel: int, place: str, *, steps: int) 
     )
 
 
-def check_divides(place: str, sequences: int, recipe: Midtrain, data_parallel: int) -> None:
+def check_divides(place: str, sequences: int, recipe: Training, data_parallel: int) -> None:
     """Refuse a number of sequences that does not fill the micro batches of every replica."""
     divisor = data_parallel * recipe.micro_batch
     if sequences % divisor:

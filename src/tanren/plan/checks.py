@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tanren.config.errors import RequestError
-from tanren.config.schema import Midtrain, Model
+from tanren.config.model import Model
+from tanren.config.training import Training
 
 
 def check_vocabulary(
@@ -39,7 +40,7 @@ def check_shape(place: str, model: Model, base: Path, there: Mapping[str, Any]) 
         )
 
 
-def check_layout(recipe: Midtrain, model: Model, device: str, place: str) -> None:
+def check_layout(recipe: Training, model: Model, device: str, place: str) -> None:
     layout = recipe.layout
     problems = [
         (model.attention_heads % layout.tensor, "attention_heads", model.attention_heads,
@@ -52,9 +53,9 @@ def check_layout(recipe: Midtrain, model: Model, device: str, place: str) -> Non
         (model.layers % layout.pipeline, "layers", model.layers, "pipeline", layout.pipeline),
         (recipe.sequence_length % (2 * layout.context) if layout.context > 1 else 0,
          "sequence_length", recipe.sequence_length, "2 x context", 2 * layout.context),
-        (recipe.sequence_length % (layout.tensor * layout.context)
+        (recipe.row_length % (layout.tensor * layout.context)
          if layout.sequence_parallel else 0,
-         "sequence_length", recipe.sequence_length, "tensor x context",
+         "sequence_length", recipe.row_length, "tensor x context",
          layout.tensor * layout.context),
     ]  # fmt: skip
     for remainder, what, value, divisor_name, divisor in problems:
@@ -83,7 +84,7 @@ def check_layout(recipe: Midtrain, model: Model, device: str, place: str) -> Non
         )
 
 
-def check_schedule(recipe: Midtrain, steps: int, place: str) -> None:
+def check_schedule(recipe: Training, steps: int, place: str) -> None:
     schedule = recipe.schedule
     if schedule.warmup_steps >= steps:
         raise RequestError(
@@ -97,4 +98,11 @@ def check_schedule(recipe: Midtrain, steps: int, place: str) -> None:
             f"{schedule.decay_steps} and {schedule.warmup_steps} of warm-up are more than the "
             f"run's {steps} steps",
             f"use at most {max(steps - schedule.warmup_steps, 0)}",
+        )
+    if schedule.constant_steps + schedule.warmup_steps >= steps:
+        raise RequestError(
+            f"{place}: schedule.constant_steps",
+            f"{schedule.constant_steps} and {schedule.warmup_steps} of warm-up leave none of the "
+            f"run's {steps} steps to the decay",
+            f"use at most {max(steps - schedule.warmup_steps - 1, 0)}",
         )

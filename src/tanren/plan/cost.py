@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tanren.config.errors import RequestError
-from tanren.config.schema import Midtrain, Model
-from tanren.plan.batch import Batch
+from tanren.config.model import Model
+from tanren.config.training import Training
 from tanren.plan.memory import RESERVED_GIB, Memory, training_memory
 
 # Peak of dense bf16 matrix products in TFLOP/s (NVIDIA's data sheets), by the name's beginning.
@@ -25,7 +25,7 @@ class Gpu:
 
 
 def estimated_hours(
-    model: Model, recipe: Midtrain, batch: Batch, gpu: Gpu, gpus: int
+    model: Model, recipe: Training, tokens: int, gpu: Gpu, gpus: int
 ) -> tuple[float, str] | None:
     """Hours of pure training and where they are from; None for an unknown GPU.
 
@@ -33,32 +33,31 @@ def estimated_hours(
     """
     if recipe.measured is not None:
         rate = recipe.measured.tokens_per_second_per_gpu
-        return batch.tokens / (rate * gpus) / 3600, (
+        return tokens / (rate * gpus) / 3600, (
             f"at {rate:,.0f} tokens/s a GPU, measured on {recipe.measured.on}"
         )
     peak = next((value for name, value in PEAK_TFLOPS.items() if gpu.name.startswith(name)), None)
     if peak is None:
         return None
     share = ASSUMED_SHARE["none" if recipe.fp8 == "none" else "fp8"]
-    seconds = (
-        model.flops_per_token(recipe.sequence_length) * batch.tokens / (peak * 1e12 * share * gpus)
-    )
+    seconds = model.flops_per_token(recipe.sequence_length) * tokens / (peak * 1e12 * share * gpus)
     return seconds / 3600, f"at {share:.0%} of {gpus} x {peak:,.0f} TFLOP/s, an assumption"
 
 
 def check_memory(
-    model: Model, recipe: Midtrain, batch: Batch, precision: str, gpu: Gpu, place: str
-) -> Memory:
+    model: Model, recipe: Training, data_parallel: int, accumulation: int, precision: str,
+    gpu: Gpu, place: str,
+) -> Memory:  # fmt: skip
     """The memory that a GPU needs.
 
     Raises:
         RequestError: it has less; the message names the nearest changes that fit.
     """
-    needed = _memory(model, recipe, batch, precision, batch.data_parallel)
+    needed = _memory(model, recipe, accumulation, precision, data_parallel)
     room = gpu.memory_gib - RESERVED_GIB
     if needed.total <= room:
         return needed
-    ways = _ways(model, recipe, batch, precision, room)
+    ways = _ways(model, recipe, data_parallel, accumulation, precision, room)
     raise RequestError(
         f"{place}: micro_batch {recipe.micro_batch}",
         f"needs about {needed.total:.0f} GiB a GPU ({explained(needed)}), and a {gpu.name} has "
@@ -73,26 +72,28 @@ def explained(memory: Memory) -> str:
 
 
 def _memory(
-    model: Model, recipe: Midtrain, batch: Batch, precision: str, data_parallel: int
+    model: Model, recipe: Training, accumulation: int, precision: str, data_parallel: int
 ) -> Memory:
     return training_memory(
-        model, recipe, precision=precision, data_parallel=data_parallel,
-        accumulation=batch.accumulation,
-    )  # fmt: skip
+        model, recipe, precision=precision, data_parallel=data_parallel, accumulation=accumulation
+    )
 
 
-def _ways(model: Model, recipe: Midtrain, batch: Batch, precision: str, room: float) -> list[str]:
+def _ways(
+    model: Model, recipe: Training, data_parallel: int, accumulation: int, precision: str,
+    room: float,
+) -> list[str]:  # fmt: skip
     """The smallest changes that fit: a smaller micro batch, recomputation, more GPUs."""
 
-    def fits(changed: Midtrain, data_parallel: int) -> bool:
-        return _memory(model, changed, batch, precision, data_parallel).total <= room
+    def fits(changed: Training, ranks: int) -> bool:
+        return _memory(model, changed, accumulation, precision, ranks).total <= room
 
     def smaller(recompute: str) -> int | None:
         layout = recipe.layout.model_copy(update={"recompute": recompute})
         for micro_batch in range(recipe.micro_batch, 0, -1):
             changed = recipe.model_copy(update={"micro_batch": micro_batch, "layout": layout})
-            divides = recipe.global_batch % (micro_batch * batch.data_parallel) == 0
-            if divides and fits(changed, batch.data_parallel):
+            divides = recipe.global_batch % (micro_batch * data_parallel) == 0
+            if divides and fits(changed, data_parallel):
                 return micro_batch
         return None
 
@@ -105,11 +106,9 @@ def _ways(model: Model, recipe: Midtrain, batch: Batch, precision: str, room: fl
         if again:
             ways.append(f"--set layout.recompute=full --set micro_batch={again}")
     for factor in range(2, 129):
-        data_parallel = batch.data_parallel * factor
-        if recipe.global_batch % (recipe.micro_batch * data_parallel) == 0 and fits(
-            recipe, data_parallel
-        ):
-            gpus = data_parallel * recipe.layout.model_parallel
+        ranks = data_parallel * factor
+        if recipe.global_batch % (recipe.micro_batch * ranks) == 0 and fits(recipe, ranks):
+            gpus = ranks * recipe.layout.model_parallel
             ways.append(f"{gpus} GPUs")
             break
     return ways

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tanren.config.schema import Layout, Midtrain, Model, Strict
+from tanren.config.fields import Strict
+from tanren.config.model import Model
+from tanren.config.training import Layout, Lora, Training, Tuning
 
 GIB = 2**30
 # What no formula sees: the CUDA context, NCCL's buffers, and the allocator's gaps.
@@ -44,13 +46,26 @@ class Memory(Strict):
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
 
-def checkpoint_gib(model: Model, precision: str) -> float:
-    """Size of one checkpoint: the weights, and the optimizer's master copy and two moments."""
-    return model.parameters * (14 if precision == "bf16" else 12) / GIB
+def checkpoint_gib(model: Model, precision: str, lora: Lora | None = None) -> float:
+    """Size of one checkpoint: what is trained, and the optimizer's master copy and two moments."""
+    trained = model.parameters if lora is None else model.layers * _adapters(model, lora)
+    return trained * (14 if precision == "bf16" else 12) / GIB
+
+
+def _adapters(model: Model, lora: Lora) -> int:
+    """Elements of one layer's adapters: of each linear layer rank x (inputs + outputs)."""
+    heads, groups, width = model.attention_heads, model.kv_groups, model.head_width
+    sizes = {
+        "attention_qkv": model.hidden_size + (heads + 2 * groups) * width,
+        "attention_dense": heads * width + model.hidden_size,
+        "mlp_fc1": model.hidden_size + 2 * model.ffn_hidden_size,
+        "mlp_fc2": model.ffn_hidden_size + model.hidden_size,
+    }
+    return lora.rank * sum(sizes[name] for name in lora.linears)
 
 
 def training_memory(
-    model: Model, recipe: Midtrain, *, precision: str, data_parallel: int, accumulation: int,
+    model: Model, recipe: Training, *, precision: str, data_parallel: int, accumulation: int,
     engine: Engine = ENGINE,
 ) -> Memory:  # fmt: skip
     """The peak of the GPU that needs the most.
@@ -67,7 +82,7 @@ def training_memory(
 
 
 def _stage(
-    model: Model, recipe: Midtrain, engine: Engine, precision: str, data_parallel: int,
+    model: Model, recipe: Training, engine: Engine, precision: str, data_parallel: int,
     accumulation: int, *, first: bool,
 ) -> Memory:  # fmt: skip
     """The first pipeline stage keeps the most micro batches; the last one has the logits."""
@@ -80,9 +95,14 @@ def _stage(
     tables = 2 if whole and not model.tied_embeddings else 1
     parameters = matrices + tables * table + layers * 2 * model.hidden_size
     state = engine.moments + (4 if precision == "bf16" else 0)
-    tokens = recipe.micro_batch * recipe.sequence_length / layout.context
+    tokens = recipe.micro_batch * recipe.row_length / layout.context
     in_flight = min(layout.pipeline, accumulation) if first else 1
     weights = parameters * width
+    trained, lora = parameters, recipe.lora if isinstance(recipe, Tuning) else None
+    if lora is not None:
+        # Counted whole on each tensor-parallel rank: a part of them is.
+        trained = layers * _adapters(model, lora)
+        weights += trained * width
     if recipe.fp8 != "none":
         # Each matrix is kept in FP8 and, since Hopper multiplies rows by rows alone, transposed.
         weights += matrices * 2
@@ -91,11 +111,11 @@ def _stage(
         # The logits are turned into their gradient in place; the largest gradient that may lie
         # apart is that of the output layer, at this same moment.
         logits = tokens * model.padded_vocabulary / layout.tensor * width
-        logits += table * width if engine.gradients_apart else 0
+        logits += table * width if engine.gradients_apart and lora is None else 0
     return Memory(
         weights=weights / GIB,
-        gradients=parameters * engine.main_gradient / GIB,
-        optimizer=parameters * state / (data_parallel * layout.context) / GIB,
+        gradients=trained * engine.main_gradient / GIB,
+        optimizer=trained * state / (data_parallel * layout.context) / GIB,
         activations=in_flight * tokens * _saved(model, layout, recipe, layers, width) / GIB,
         logits=logits / GIB,
     )
@@ -109,7 +129,7 @@ def _layer_matrices(model: Model) -> int:
     )
 
 
-def _saved(model: Model, layout: Layout, recipe: Midtrain, layers: float, width: int) -> float:
+def _saved(model: Model, layout: Layout, recipe: Training, layers: float, width: int) -> float:
     """Bytes a token that a stage's layers keep for the backward pass.
 
     A layer keeps the inputs of both norms and their outputs, queries, keys and values, attention's

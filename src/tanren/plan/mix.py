@@ -14,7 +14,8 @@ from math import ceil, floor
 from typing import Literal
 
 from tanren.config.errors import RequestError
-from tanren.config.schema import Midtrain, Strict
+from tanren.config.fields import Strict
+from tanren.config.training import Midtrain
 from tanren.plan.batch import ceil_div, stated_steps, tokens_per_step
 
 # "Once" is a little more than once: ratios are of all tokens while the held-out documents are not

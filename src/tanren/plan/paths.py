@@ -8,13 +8,23 @@ from pathlib import Path
 
 # The stages whose product depends on the variant and the name that a person gives a run. The
 # others prepare what several runs share.
-TRAINING_STAGES = ("midtrain",)
+TRAINING_STAGES = ("midtrain", "sft", "dpo")
 PREPARING_STAGES = ("preprocess", "convert")
 
 
-def run_name(stage: str, variant: str | None, name: str | None) -> str:
-    """`midtrain`, `midtrain.100B`, `midtrain.100B-try2`."""
-    return stage + (f".{variant}" if variant else "") + (f"-{name}" if name else "")
+def run_name(stage: str, variant: str | None, name: str | None, of: str | None = None) -> str:
+    """`midtrain`, `midtrain.100B`, `midtrain.100B-try2`.
+
+    Args:
+        of: the stage that is exported: `export`, `export.sft`, `export.sft.100B-try2`.
+    """
+    whose = f".{of}" if of not in (None, "midtrain") else ""
+    return stage + whose + (f".{variant}" if variant else "") + (f"-{name}" if name else "")
+
+
+def examples_cache(runs: Path, task: str) -> Path:
+    """Where the tokens of a task's conversations are kept, by what they were made from."""
+    return runs / task / "cache"
 
 
 @dataclass(frozen=True)
@@ -155,6 +165,11 @@ class RunFolder:
     def index_cache(self) -> Path:
         """Where megatron-core keeps the sample order of a blend."""
         return self.root / "cache"
+
+    @property
+    def examples(self) -> Path:
+        """What sft and dpo found in their data sets, and the steps that these make."""
+        return self.root / "examples.json"
 
     @property
     def done(self) -> Path:

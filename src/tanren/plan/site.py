@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tanren.config.errors import RequestError
-from tanren.config.schema import Job, NodeType, Site
+from tanren.config.fields import Job
+from tanren.config.site import NodeType, Site
 
 # A stage stops so long before the end of its walltime, to save; at most this share of it.
 SAVE_SECONDS, SAVE_SHARE = 600.0, 0.15
