@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 
-from tanren.config.schema import Site
+from tanren.config.site import Site
 
 OPTIONS = {"-N", "-P", "-q", "-l", "-j", "-o", "-v", "-W", "-k", "-m", "-e"}
 

@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 
 from tanren import runs
+from tanren.config.data import Source
 from tanren.config.errors import RequestError
 from tanren.config.load import read_recipe
-from tanren.config.schema import Source
 from tanren.convert import hf
 from tanren.data import fetch, hub
 from tanren.data.sources import files_of
 from tanren.launch import container, fetching, inputs, submit
 from tanren.launch.submit import Order
+from tanren.plan.make import make_plan
 from tanren.plan.paths import RunFolder
-from tanren.plan.plan import make_plan, read_plan
+from tanren.plan.plan import read_plan
 from tests.conftest import RECIPES, REPOSITORY, Tanren
 from tests.data.fake_hub import Hub
 

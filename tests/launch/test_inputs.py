@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tanren.config.data import Preprocess
 from tanren.config.errors import RequestError
 from tanren.config.load import read_recipe
-from tanren.config.schema import Convert, Midtrain, Preprocess
+from tanren.config.schema import Convert
+from tanren.config.training import Midtrain
 from tanren.launch.inputs import counts, marks, read_counts, with_absolute_paths
 from tests.conftest import RECIPES
 

@@ -14,7 +14,7 @@ from tanren.data import indexed
 from tanren.launch import submit
 from tanren.launch.mix import compile_mix
 from tanren.launch.submit import Order
-from tanren.plan.plan import make_plan
+from tanren.plan.make import make_plan
 from tests.conftest import RECIPES
 
 TOKENS = {"reference": 300, "docstrings": 200}

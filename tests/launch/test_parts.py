@@ -14,8 +14,9 @@ from tanren.config.errors import RequestError
 from tanren.data import indexed
 from tanren.data import tokenizer as tokenizers
 from tanren.launch import queue, submit
+from tanren.plan.make import make_plan
 from tanren.plan.paths import Part, RunFolder
-from tanren.plan.plan import PreprocessPlan, make_plan, read_plan
+from tanren.plan.plan import PreprocessPlan, read_plan
 from tanren.stages import preprocess
 from tests.conftest import RECIPES, REPOSITORY, Finished, Tanren
 from tests.launch.test_queue import Cluster

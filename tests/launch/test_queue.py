@@ -16,11 +16,13 @@ import pytest
 
 from tanren import runs
 from tanren.config.errors import RequestError
+from tanren.config.fields import Job
 from tanren.config.load import read_site, read_user
-from tanren.config.schema import Job, Site, User
+from tanren.config.site import Site, User
 from tanren.launch import queue, submit
+from tanren.plan.make import make_plan
 from tanren.plan.paths import RunFolder
-from tanren.plan.plan import MidtrainPlan, make_plan
+from tanren.plan.plan import MidtrainPlan
 from tanren.plan.site import Wish, make_place
 from tests.conftest import RECIPES, REPOSITORY, SHORT, Finished, Tanren, wait_for
 

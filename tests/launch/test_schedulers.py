@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tanren.config.errors import RequestError, WorkError
+from tanren.config.fields import Job
 from tanren.config.load import read_site, repository
-from tanren.config.schema import Job
 from tanren.launch import gridengine, pbs, queue, scheduler, slurm
 from tanren.launch.scheduler import After, JobRequest
 from tanren.plan.paths import RunFolder

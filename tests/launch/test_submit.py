@@ -12,8 +12,8 @@ from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.launch import submit
 from tanren.launch.submit import Order
+from tanren.plan.make import make_plan
 from tanren.plan.paths import RunFolder
-from tanren.plan.plan import make_plan
 from tests.conftest import RECIPES, REPOSITORY
 
 

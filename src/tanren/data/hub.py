@@ -22,8 +22,8 @@ from pydantic import ValidationError
 
 from tanren import runs
 from tanren.config.errors import RequestError
+from tanren.config.fields import HUB_REFERENCE, Strict
 from tanren.config.load import read_user, repository
-from tanren.config.schema import HUB_REFERENCE, Strict
 
 Kind = Literal["dataset", "model"]
 # What belongs to a tokenizer in a model's folder; some come with a class of their own.

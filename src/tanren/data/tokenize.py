@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tanren import runs
+from tanren.config.data import Source
 from tanren.config.errors import RequestError, WorkError
-from tanren.config.schema import Source
 from tanren.data import indexed, shards, tokenizer
 from tanren.data.documents import UNIT_BYTES, Unit, units
 from tanren.data.shards import Settings, Shard

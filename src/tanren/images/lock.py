@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from tanren import runs
 from tanren.config.errors import RequestError
+from tanren.config.fields import Strict
 from tanren.config.load import repository
-from tanren.config.schema import Strict
 from tanren.images.definition import IMAGES, Image, definition_digest
 
 

@@ -13,8 +13,9 @@ from tanren.config.errors import RequestError, TanrenError
 from tanren.config.load import read_user
 from tanren.launch import container, fetching, parts, queue, submit
 from tanren.launch.submit import Order, shown
+from tanren.plan.make import make_plan
 from tanren.plan.paths import RunFolder
-from tanren.plan.plan import Request, make_plan, read_plan, reference, references
+from tanren.plan.plan import Request, read_plan, reference, references
 from tanren.plan.site import Place
 
 
@@ -171,7 +172,7 @@ def _row(folder: RunFolder, root: Path, states: queue.States) -> Row:
     total, left = 0, None
     if folder.plan.exists():
         plan = read_plan(folder.plan)
-        total = plan.batch.steps if plan.stage == "midtrain" else 0
+        total = runs.total_steps(plan) or 0
     if steps and total and state == "running":
         mean = sum(line["seconds"] for line in steps) / len(steps)
         left = (total - steps[-1]["step"]) * mean

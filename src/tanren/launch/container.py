@@ -216,11 +216,15 @@ def open_shell(
     lock = check_definition(path, image)
     runs.mkdir(parents=True, exist_ok=True)
     inside = Container(runtime, path, lock, bool(gpus), binds(None, runs, wishes))
-    environment = {"PYTHONPATH": str(repository() / "src"), "RUNTIME": "native"}
-    words = command(inside, ["bash", "--norc"], repository())
-    script = "\n".join([*prologue(environment), f"exec {shell_line(words)}"])
     sys.stdout.flush()
-    os.execvp("bash", ["bash", "-c", script])
+    os.execvp("bash", ["bash", "-c", script_of(inside, ["bash", "--norc"])])
+
+
+def script_of(inside: Container, words: Sequence[str]) -> str:
+    """A shell script that becomes words in an image, with the repository's code."""
+    environment = {"PYTHONPATH": str(repository() / "src"), "RUNTIME": "native"}
+    line = shell_line(command(inside, words, repository()))
+    return "\n".join([*prologue(environment), f"exec {line}"])
 
 
 # Node-local, and never the user's home: caches of compilers go there.

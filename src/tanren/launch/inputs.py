@@ -10,33 +10,64 @@ import hashlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
+from tanren.config.data import ChatSet, Preprocess, Source
 from tanren.config.errors import RequestError
-from tanren.config.schema import SOURCE_NAME, Convert, Midtrain, Preprocess, Recipe
+from tanren.config.fields import SOURCE_NAME
+from tanren.config.schema import Convert, Recipe
+from tanren.config.training import Midtrain, Tuning
 from tanren.data import hub, sources
 
 R = TypeVar("R", bound=Recipe)
+S = TypeVar("S", Source, ChatSet)
 _MODEL_FILES = ("*.json", "*.safetensors", "*.model")
 
 
 def with_absolute_paths(recipe: R, folder: Path) -> R:
     """The recipe with its paths absolute: relative ones are taken from the recipe's folder."""
     if isinstance(recipe, Preprocess):
-        pattern_safe = Path(glob.escape(str(folder)))
-        sources = tuple(
-            source.model_copy(update={"path": _absolute(source.path, pattern_safe)})
-            for source in recipe.sources
-        )
         path = _absolute(recipe.tokenizer.path, folder)
         tokenizer = recipe.tokenizer.model_copy(update={"path": path})
-        return recipe.model_copy(update={"sources": sources, "tokenizer": tokenizer})
+        return recipe.model_copy(
+            update={"sources": _absolute_sets(recipe.sources, folder), "tokenizer": tokenizer}
+        )
     if isinstance(recipe, Convert):
         return recipe.model_copy(update={"source": _absolute_base(recipe.source, folder)})
     if isinstance(recipe, Midtrain):
         mix = recipe.mix.model_copy(update={"counts": _absolute(recipe.mix.counts, folder)})
         return recipe.model_copy(update={"init": _absolute_base(recipe.init, folder), "mix": mix})
+    if isinstance(recipe, Tuning):
+        named = recipe.tokenizer
+        own = named is not None and not named.startswith("stage:")
+        changes = {
+            "init": _absolute_base(recipe.init, folder),
+            "tokenizer": _absolute(named, folder) if own else named,
+            "datasets": _absolute_sets(recipe.datasets, folder),
+        }
+        return cast(R, recipe.model_copy(update=changes))
     return recipe
+
+
+def _absolute_sets(sets: tuple[S, ...], folder: Path) -> tuple[S, ...]:
+    """Sources with absolute paths, in which nothing of the folder's name is a pattern."""
+    pattern_safe = Path(glob.escape(str(folder)))
+    return tuple(one.model_copy(update={"path": _absolute(one.path, pattern_safe)}) for one in sets)
+
+
+def _sets(recipe: Recipe) -> tuple[Source, ...] | tuple[ChatSet, ...]:
+    """The collections that a recipe reads."""
+    if isinstance(recipe, Preprocess):
+        return recipe.sources
+    return recipe.datasets if isinstance(recipe, Tuning) else ()
+
+
+def _tokenizer_path(recipe: Recipe) -> str | None:
+    """The tokenizer that a recipe names by a path."""
+    if isinstance(recipe, Preprocess):
+        return recipe.tokenizer.path
+    named = recipe.tokenizer if isinstance(recipe, Tuning) else None
+    return None if named is None or named.startswith("stage:") else named
 
 
 def _absolute(path: str | None, folder: Path) -> str | None:
@@ -56,10 +87,8 @@ def _absolute_base(base: str, folder: Path) -> str:
 
 def paths(recipe: Recipe) -> list[str]:
     """The files and folders that a recipe names (patterns as they are)."""
-    found = []
-    if isinstance(recipe, Preprocess):
-        found += [source.path for source in recipe.sources]
-        found.append(recipe.tokenizer.path)
+    found = [one.path for one in _sets(recipe)]
+    found.append(_tokenizer_path(recipe))
     kind, _, where = _base(recipe).partition(":")
     if kind in ("hf", "checkpoint") and where.startswith("/"):
         found.append(glob.escape(where))
@@ -73,13 +102,12 @@ def hub_parts(recipe: Recipe) -> dict[str, hub.Wanted]:
         RequestError: a base is neither a path nor a repository.
     """
     found = {}
-    if isinstance(recipe, Preprocess):
-        if recipe.tokenizer.hf is not None:
-            found["tokenizer"] = hub.tokenizer_of(recipe.tokenizer.hf)
-        for source in recipe.sources:
-            wanted = sources.wanted_of(source)
-            if wanted is not None:
-                found[source.name] = wanted
+    if isinstance(recipe, Preprocess) and recipe.tokenizer.hf is not None:
+        found["tokenizer"] = hub.tokenizer_of(recipe.tokenizer.hf)
+    for one in _sets(recipe):
+        wanted = sources.wanted_of(one)
+        if wanted is not None:
+            found[one.name] = wanted
     base = _base(recipe)
     if base.startswith("hf:") and not base.startswith("hf:/"):
         found["base"] = hub.model_of(base)
@@ -100,15 +128,15 @@ def marks(recipe: Recipe) -> dict[str, str | None]:
         RequestError: a source matches no file, or a folder is not there.
     """
     found: dict[str, str | None] = {}
-    if isinstance(recipe, Preprocess):
-        if recipe.tokenizer.path is not None:
-            path = Path(recipe.tokenizer.path)
-            found["tokenizer"] = (
-                _mark([path]) if path.is_file() else _mark_of_folder(path, "the tokenizer's")
-            )
-        for source in recipe.sources:
-            if source.path is not None:
-                found[source.name] = _mark(sources.files_of(source))
+    tokenizer = _tokenizer_path(recipe)
+    if tokenizer is not None:
+        path = Path(tokenizer)
+        found["tokenizer"] = (
+            _mark([path]) if path.is_file() else _mark_of_folder(path, "the tokenizer's")
+        )
+    for one in _sets(recipe):
+        if one.path is not None:
+            found[one.name] = _mark(sources.files_of(one))
     base = _base(recipe)
     if base.startswith("hf:/"):
         found["base"] = _mark_of_folder(Path(base.removeprefix("hf:")), "the base model's")

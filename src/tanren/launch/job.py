@@ -21,8 +21,9 @@ from tanren.launch.container import Container
 from tanren.launch.machine import this_machine, visible_gpus
 from tanren.launch.queue import Ordered
 from tanren.launch.scheduler import Allocation
+from tanren.plan.make import make_plan
 from tanren.plan.paths import RunFolder
-from tanren.plan.plan import Machine, Plan, Request, make_plan
+from tanren.plan.plan import Machine, Plan, Request
 
 
 def run(

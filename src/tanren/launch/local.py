@@ -65,7 +65,7 @@ def script(
     words += stage
     threads = max(1, cores // here)
     environment = {
-        "PYTHONPATH": str(repository() / "src") if inside else _python_path(),
+        "PYTHONPATH": str(repository() / "src") if inside else python_path(),
         "PYTHONNOUSERSITE": "1",
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": str(threads),
@@ -99,7 +99,7 @@ def script(
     return "\n".join(lines) + "\n"
 
 
-def _python_path() -> str:
+def python_path() -> str:
     """This checkout's src first, then what the caller had."""
     own = str(repository() / "src")
     theirs = os.environ.get("PYTHONPATH", "").split(os.pathsep)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from tanren import tokenfiles
 from tanren.config.errors import RequestError
-from tanren.config.schema import Midtrain
+from tanren.config.training import Midtrain
 from tanren.launch import inputs, submit
 from tanren.launch.submit import Order, shown
+from tanren.plan.midtrain import data_of, source_counts, table_counts
 from tanren.plan.mix import Mixture, SourceCount, count_notes, make_mixture
-from tanren.plan.plan import Machine, Product, data_of, source_counts, table_counts
+from tanren.plan.plan import Machine, Product
 
 
 def compile_mix(order: Order, table: Path | None) -> tuple[Midtrain, Mixture, tuple[str, ...]]:

@@ -18,8 +18,9 @@ from tanren.config.errors import RequestError, WorkError
 from tanren.launch import queue, submit
 from tanren.launch.scheduler import After
 from tanren.launch.submit import Order, shown
+from tanren.plan.make import make_plan
 from tanren.plan.paths import Part, RunFolder
-from tanren.plan.plan import Plan, Request, make_plan
+from tanren.plan.plan import Plan, Request
 from tanren.plan.site import Place
 
 # A job that was taken out of the queue is gone from the scheduler's list after so long.

@@ -24,8 +24,11 @@ from pydantic import ValidationError
 
 from tanren import runs
 from tanren.config.errors import RequestError, TanrenError, WorkError
+from tanren.config.fields import Strict
 from tanren.config.load import read_site, repository, sites
-from tanren.config.schema import STAGES, Model, Recipe, Strict, User
+from tanren.config.model import Model
+from tanren.config.schema import STAGES, Recipe
+from tanren.config.site import User
 from tanren.data import hub
 from tanren.launch import container, scheduler
 from tanren.launch.scheduler import After, JobRequest, State

@@ -16,14 +16,15 @@ import orjson
 from tanren import provenance, runs
 from tanren.config.errors import RequestError, TanrenError
 from tanren.config.load import read_model, read_recipe, read_user, recipe_path, repository
-from tanren.config.schema import Convert, Midtrain, Recipe
+from tanren.config.schema import Convert, Recipe
+from tanren.config.training import Training
 from tanren.launch import container, inputs, local
 from tanren.launch.container import Container
 from tanren.launch.machine import this_machine, visible_gpus
+from tanren.plan import training
+from tanren.plan.midtrain import has_new_data
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import (
-    GIVE_BASE,
-    GIVEN,
     Begun,
     ExportPlan,
     Machine,
@@ -32,10 +33,10 @@ from tanren.plan.plan import (
     PreprocessPlan,
     Product,
     Request,
+    TrainingPlan,
     comparable,
     differences,
     digest,
-    has_new_data,
     read_plan,
     reference,
     references,
@@ -113,12 +114,8 @@ def refuse_given(order: Order, recipe: Recipe) -> None:
     Raises:
         RequestError: with how to name the base.
     """
-    if isinstance(recipe, Midtrain) and recipe.init == GIVEN:
-        raise RequestError(
-            f"{order.recipe_file}: init",
-            "is `given`: the recipe knows no base, so whoever starts the run names it",
-            GIVE_BASE,
-        )
+    if isinstance(recipe, Training):
+        training.refuse_given(recipe, str(order.recipe_file))
 
 
 def read_request(order: Order, machine: Machine | None = None) -> Request:
@@ -131,7 +128,7 @@ def read_request(order: Order, machine: Machine | None = None) -> Request:
     _check_names(order)
     stage, recipe = recipe_of(order)
     recipe = inputs.with_absolute_paths(recipe, path.parent)
-    model = read_model(recipe.model) if isinstance(recipe, Convert | Midtrain) else None
+    model = read_model(recipe.model) if isinstance(recipe, Convert | Training) else None
     if machine is None:
         inside = container.choose(order.runtime, visible_gpus())
         machine = this_machine(in_image=inside is not None)
@@ -164,7 +161,14 @@ def with_products(request: Request) -> Request:
                 "name another run (stage:midtrain-NAME), or checkpoint:PATH",
             )
         products[name] = read_product(folder)
-    return replace(request, products=products, begun=_begun(request.folder))
+    laid_out = runs.read_json(request.folder.examples) or {}
+    return replace(
+        request,
+        products=products,
+        begun=_begun(request.folder),
+        steps=laid_out.get("steps"),
+        steps_of=laid_out.get("settings"),
+    )
 
 
 def _begun(folder: RunFolder) -> Begun | None:
@@ -201,10 +205,12 @@ def _made(folder: RunFolder, stage: str) -> dict[str, Any] | None:
         return None
     if folder.whole != folder:
         return result if folder.shards.is_dir() else None
+    # A training that began from a checkpoint knows no Hugging Face folder: None.
+    hf = Path(result.get("hf") or "/")
     there = {
         "preprocess": folder.tokenizer.is_dir() and folder.tokens.is_dir(),
-        "convert": folder.checkpoint(0).is_dir() and Path(result.get("hf", "/")).is_dir(),
-        "export": Path(result.get("hf", "")).is_dir(),
+        "convert": folder.checkpoint(0).is_dir() and hf.is_dir(),
+        "export": hf.is_dir(),
     }
     return result if there.get(stage, True) else None
 
@@ -348,7 +354,7 @@ def check_disk(plan: Plan) -> None:
     Raises:
         RequestError: too little is free; the message says what would fit.
     """
-    if not isinstance(plan, MidtrainPlan):
+    if not isinstance(plan, TrainingPlan):
         return
     folder = plan.folder
     there = len(runs.iterations(folder))

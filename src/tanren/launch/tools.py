@@ -1,0 +1,75 @@
+"""Small programs that need the engine's packages: run in the image or in .venv, their output read.
+
+They are no stages: they leave nothing behind, and a person waits for them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import orjson
+
+from tanren.config.errors import RequestError, WorkError, error_from_dict
+from tanren.launch import container, local, native, submit
+from tanren.launch.machine import visible_gpus
+from tanren.launch.submit import Order
+from tanren.plan.paths import RunFolder, run_name
+
+
+def output_of(order: Order, module: str, words: Sequence[str], given: bytes = b"") -> bytes:
+    """What `python -m MODULE WORDS` prints, given this on its input.
+
+    Raises:
+        TanrenError: what the program left as its error.
+    """
+    inside = container.choose(order.runtime, visible_gpus())
+    environment = os.environ | {"PYTHONPATH": local.python_path(), "CUDA_VISIBLE_DEVICES": ""}
+    # What torch and megatron-core warn of at their import is nothing to whoever asked.
+    quiet = [] if os.environ.get("TANREN_DEBUG") else ["-W", "ignore"]
+    if inside is None:
+        native.complete()
+        command = [sys.executable, *quiet, "-m", module, *words]
+    else:
+        bound = container.binds(None, submit.runs_root(), order.binds)
+        there = replace(inside, binds=bound)
+        inner = ["python3", *quiet, "-m", module, *words]
+        command = ["bash", "-c", container.script_of(there, inner)]
+    done = subprocess.run(
+        command, input=given, stdout=subprocess.PIPE, env=environment, check=False
+    )
+    if done.returncode == 0:
+        return done.stdout
+    try:
+        raise error_from_dict(orjson.loads(done.stdout))
+    except (orjson.JSONDecodeError, KeyError):
+        raise WorkError(module, f"ended with code {done.returncode}", "see above") from None
+
+
+def newest_export(order: Order) -> Path:
+    """The export of a run's newest checkpoint that has one.
+
+    Raises:
+        RequestError: it has none; the message says what makes one.
+    """
+    stage, task = order.recipe_file.name.split(".")[0], order.recipe_file.resolve().parent.name
+    folder = RunFolder(submit.runs_root() / task / run_name(stage, order.variant, order.name))
+    found = [
+        path.parent
+        for name in ("config.json", "adapter_config.json")
+        for path in folder.hf.glob(f"iter_*/{name}")
+    ]
+    if not found:
+        options = "".join(
+            f" {key}={value}"
+            for key, value in (("VARIANT", order.variant), ("NAME", order.name))
+            if value
+        )
+        raise RequestError(
+            folder.hf, "holds no export", f"make export TASK={task} STAGE={stage}{options}"
+        )
+    return max(found)
