@@ -17,8 +17,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tanren.config.data import Source
 from tanren.config.errors import EXIT_REQUEST, RequestError
-from tanren.config.schema import Source
 from tanren.data import documents as module
 from tanren.data.documents import content, documents, units
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+from tanren.config.data import Source
 from tanren.config.errors import RequestError, WorkError
-from tanren.config.schema import Source
 from tanren.data import indexed, shards, tokenize
 from tanren.data import tokenizer as tokenizers
 from tanren.data.documents import units

@@ -1,5 +1,7 @@
 """Sources to documents: JSON lines, plain or compressed, Parquet, and the text of every Python.
 
+Where the objects around the texts are wanted, `rows` gives them.
+
 A source is cut into units, pieces of about the same size whatever the number of workers. A unit is
 read in one stream, by one worker; nothing is unpacked to disk, and no more than a block and a
 document are in memory.
@@ -9,15 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from tanren.config.data import Source
 from tanren.config.errors import RequestError
-from tanren.config.schema import Source
 from tanren.data import python_text
 from tanren.data.compressed import OPENERS, Position, unpacked
 from tanren.data.sources import KINDS, files_of
@@ -115,7 +117,7 @@ def _blocks(unit: Unit) -> Iterator[bytes]:
     """A unit's bytes as they are on disk."""
     assert unit.path is not None
     first, end = unit.first, unit.end
-    if _kind(unit.path) == "parquet":
+    if _kind(unit.path) == "parquet" and end is not None:
         first, end = _parquet_bytes(unit)
     with unit.path.open("rb") as file:
         file.seek(first)
@@ -140,6 +142,36 @@ def documents(unit: Unit, problem: Problem) -> Iterator[str]:
         yield from _json_lines(unit, problem)
 
 
+def rows(unit: Unit, keys: Sequence[str], problem: Problem) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a whole file in order, each with the number of its line or row, from 1.
+
+    Args:
+        keys: what is wanted of them; of a Parquet file nothing else is read.
+        problem: as with `documents`.
+    """
+    assert unit.path is not None
+    assert (unit.first, unit.end) == (0, None), "numbers are counted from the file's beginning"
+    if _kind(unit.path) == "parquet":
+        there = [key for key in keys if key in _parquet(unit.path).schema_arrow.names]
+        if not there:
+            raise _no_column(unit.path, keys, f"it needs {keys[0]}")
+        for row, values in _columns(unit, there, problem):
+            yield row, dict(zip(there, values, strict=True))
+        return
+    lines = _Lines(unit, problem)
+    for value in lines.values():
+        if isinstance(value, dict):
+            yield lines.number, value
+        else:
+            found = f"is no object but {type(value).__name__}"
+            problem(RequestError(lines.place, found, "mend or remove the line"))
+
+
+def place_of(path: Path, number: int) -> str:
+    """A line of a file as an editor would name it, or a row of Parquet."""
+    return f"{path} row {number}" if _kind(path) == "parquet" else f"{path}:{number}"
+
+
 def _python_text(source: Source) -> Iterator[str]:
     if source.python_documentation == "topics":
         return python_text.topics()
@@ -150,35 +182,24 @@ def _python_text(source: Source) -> Iterator[str]:
 
 
 def _json_lines(unit: Unit, problem: Problem) -> Iterator[str]:
-    lines = _Lines(unit, problem)
-    for line in lines:
-        if not line or line.isspace():
-            continue
-        text = _text_of(line, unit.source.text_key)
+    key, lines = unit.source.text_key, _Lines(unit, problem)
+    for value in lines.values():
+        text = value.get(key) if isinstance(value, dict) else None
         if isinstance(text, str):
             yield text
-        else:
-            problem(RequestError(lines.place, *text))
-
-
-def _text_of(line: bytes, key: str) -> str | tuple[str, str]:
-    """The text of a line, or what is wrong with it and what to do."""
-    try:
-        value = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        return f"is not JSON: {error}", "mend or remove the line, or on_error: skip"
-    text = value.get(key) if isinstance(value, dict) else None
-    if isinstance(text, str):
-        return text
-    keys = type(value).__name__
-    if isinstance(value, dict):
-        keys = ", ".join(value) or "no keys"
-        if key in value:
-            keys = f"{type(text).__name__} there"
-    return (
-        f"has no text under {key!r}; it has {keys}",
-        "state the source's text_key, or mend the line, or on_error: skip",
-    )
+            continue
+        keys = type(value).__name__
+        if isinstance(value, dict):
+            keys = ", ".join(value) or "no keys"
+            if key in value:
+                keys = f"{type(text).__name__} there"
+        problem(
+            RequestError(
+                lines.place,
+                f"has no text under {key!r}; it has {keys}",
+                "state the source's text_key, or mend the line, or on_error: skip",
+            )
+        )
 
 
 class _Lines:
@@ -197,6 +218,19 @@ class _Lines:
             before = Unit(self.unit.source, self.path, 0, self.unit.first)
             self._before = sum(block.count(b"\n") for block in _blocks(before))
         return f"{self.path}:{self._before + self.number}"
+
+    def values(self) -> Iterator[Any]:
+        """What each line says in JSON; empty lines say nothing."""
+        for line in self:
+            if not line or line.isspace():
+                continue
+            try:
+                value = orjson.loads(line)
+            except orjson.JSONDecodeError as error:
+                advice = "mend or remove the line, or on_error: skip"
+                self.problem(RequestError(self.place, f"is not JSON: {error}", advice))
+                continue
+            yield value
 
     def __iter__(self) -> Iterator[bytes]:
         rest: list[bytes] = []
@@ -272,7 +306,8 @@ def _parquet_bytes(unit: Unit) -> tuple[int, int]:
     assert unit.path is not None
     metadata = _parquet(unit.path).metadata
     starts, ends = [], []
-    for number in range(unit.first, unit.end or metadata.num_row_groups):
+    assert unit.end is not None
+    for number in range(unit.first, unit.end):
         for column in range(metadata.num_columns):
             facts = metadata.row_group(number).column(column)
             start = facts.dictionary_page_offset or facts.data_page_offset
@@ -282,33 +317,45 @@ def _parquet_bytes(unit: Unit) -> tuple[int, int]:
 
 
 def _rows(unit: Unit, problem: Problem) -> Iterator[str]:
+    assert unit.path is not None
+    key = unit.source.text_key
+    if key not in _parquet(unit.path).schema_arrow.names:
+        raise _no_column(unit.path, [key], "state the source's text_key")
+    for row, (text,) in _columns(unit, [key], problem):
+        if isinstance(text, str):
+            yield text
+            continue
+        problem(
+            RequestError(
+                place_of(unit.path, row),
+                f"has no text under {key!r}; it has {type(text).__name__} there",
+                "state the source's text_key, or mend the row, or on_error: skip",
+            )
+        )
+
+
+def _no_column(path: Path, keys: Sequence[str], advice: str) -> RequestError:
+    there = ", ".join(_parquet(path).schema_arrow.names) or "none"
+    wanted = " or ".join(map(repr, keys))
+    return RequestError(path, f"has no column {wanted}; it has {there}", advice)
+
+
+def _columns(
+    unit: Unit, keys: list[str], problem: Problem
+) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """The number of each row of a unit in its file, from 1, and its values under these keys."""
     import pyarrow
 
     assert unit.path is not None
-    file, key = _parquet(unit.path), unit.source.text_key
-    names = file.schema_arrow.names
-    if key not in names:
-        raise RequestError(
-            unit.path,
-            f"has no column {key!r}; it has {', '.join(names) or 'none'}",
-            "state the source's text_key",
-        )
+    file = _parquet(unit.path)
     row = sum(file.metadata.row_group(number).num_rows for number in range(unit.first))
     groups = range(unit.first, unit.end or file.metadata.num_row_groups)
     try:
-        for batch in file.iter_batches(256, row_groups=list(groups), columns=[key]):
-            for text in batch.column(0).to_pylist():
+        for batch in file.iter_batches(256, row_groups=list(groups), columns=keys):
+            columns = [batch.column(key).to_pylist() for key in keys]
+            for values in zip(*columns, strict=True):
                 row += 1
-                if isinstance(text, str):
-                    yield text
-                    continue
-                problem(
-                    RequestError(
-                        f"{unit.path} row {row}",
-                        f"has no text under {key!r}; it has {type(text).__name__} there",
-                        "state the source's text_key, or mend the row, or on_error: skip",
-                    )
-                )
+                yield row, values
     except (pyarrow.ArrowException, OSError) as error:
         problem(
             RequestError(
