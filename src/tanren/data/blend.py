@@ -7,10 +7,10 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -174,19 +174,39 @@ class MicroBatches(Sampler[list[int]]):
             yield list(range(start, min(start + self.micro_batch, self.last)))
 
 
-def batches(
-    dataset: Dataset[Batch], sampler: MicroBatches, *, workers: int, device: torch.device
-) -> Iterator[Batch]:
-    """Micro batches on the device: tokens, labels, loss_mask, position_ids, each [micro, seq]."""
-    loader = DataLoader(
+def loader(
+    dataset: Dataset[Any],
+    sampler: Iterable[list[Any]],
+    *,
+    workers: int,
+    device: torch.device,
+    collate: Callable[[list[Any]], Batch] | None = None,
+) -> DataLoader[Any]:
+    """Micro batches in memory that the device can take them from.
+
+    Args:
+        sampler: the samples of each micro batch, by what the dataset knows them by.
+        collate: makes one of a list of samples; without it, tensors of samples are stacked.
+    """
+    return DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=cast(Any, sampler),
         num_workers=workers,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=_quiet_worker,
+        collate_fn=collate,
+        # Without its own it draws a seed for its workers, which need none, from the numbers that
+        # dropout draws from: a resume and an evaluation would each move them on.
+        generator=torch.Generator(),
     )
-    for batch in loader:
+
+
+def batches(
+    dataset: Dataset[Batch], sampler: MicroBatches, *, workers: int, device: torch.device
+) -> Iterator[Batch]:
+    """Micro batches on the device: tokens, labels, loss_mask, position_ids, each [micro, seq]."""
+    for batch in loader(dataset, sampler, workers=workers, device=device):
         # The number of the source that BlendedDataset adds has no sequence dimension to slice.
         yield {
             key: value.to(device, non_blocking=True)
