@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tanren.config.load import read_model
-from tanren.config.schema import Layout
+from tanren.config.training import Layout
 from tanren.engine.model import transformer_config
 
 

@@ -119,3 +119,19 @@ def token_loss(
     z_loss = others[0] if others else torch.zeros_like(cross_entropy)
     report = torch.stack([cross_entropy, tokens, z_loss]).detach()
     return cross_entropy + z_loss, tokens.to(torch.int), report
+
+
+def answer_loss(
+    weights: torch.Tensor, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sum the losses of a packed micro batch.
+
+    Args:
+        weights: [positions], 1 where a token counts, 0 where a micro batch has none.
+        losses: [positions], cross-entropy in nats, as `packed_forward` gives them.
+    Returns:
+        the sum (to differentiate), the number of tokens (int), and [2] to report: cross-entropy,
+        tokens.
+    """
+    total, tokens = (losses * weights).sum(), weights.sum()
+    return total, tokens.to(torch.int), torch.stack([total, tokens]).detach()

@@ -9,11 +9,14 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from tanren.config.schema import Layout, Model
+from tanren.config.model import Model
+from tanren.config.training import Layout, Lora
 from tanren.engine.loss import cross_entropy_and_log_z, hide_padding
+from tanren.engine.packed import block_mask, sequence_params
 
 FP8_RECIPES = {"tensorwise": "tensorwise", "delayed": "delayed", "blockwise": "blockwise"}
 
@@ -99,6 +102,9 @@ class Llama(GPTModel):
         z_loss: what log²Z of each token is weighed with; 0 leaves it out.
     """
 
+    # Set by lora.add_adapters; then they alone are trained and saved.
+    lora: Lora | None = None
+
     def __init__(self, shape: Model, config: TransformerConfig, z_loss: float = 0.0) -> None:
         super().__init__(
             config=config,
@@ -113,6 +119,8 @@ class Llama(GPTModel):
             rotary_base=shape.rotary_base,
         )
         self.shape, self.z_loss = shape, z_loss
+        # Transformer Engine's attention takes packed sequences (thd), the local one a mask.
+        self.takes_sequences = torch.cuda.is_available()
         scaling = shape.rope_scaling
         if scaling is not None:
             # megatron-core passes on the factor alone; the other three are the recipe's as well.
@@ -124,6 +132,71 @@ class Llama(GPTModel):
                 high_freq_factor=scaling.high_frequency_factor,
                 original_max_position_embeddings=scaling.original_max_positions,
             )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        packed: dict[str, torch.Tensor] | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """GPTModel's forward pass; or that of a packed micro batch, see `packed_forward`.
+
+        Args:
+            packed: the micro batch that the tokens are of.
+        """
+        if packed is None:
+            return super().forward(input_ids, position_ids, attention_mask, **options)
+        assert self.config.context_parallel_size == 1
+        assert not self.z_loss
+        rows, width = input_ids.shape
+        # As long as a row, so that it is computed once and cached: [width, 1, 1, head].
+        rotary = self.rotary_pos_emb(width)
+        mask = sequences = None
+        if self.takes_sequences:
+            input_ids, position_ids = input_ids.view(1, -1), position_ids.view(1, -1)
+            longest = int(packed["max_seqlen"])
+            sequences = sequence_params(packed["cu_seqlens"], longest)
+            # It starts a block for each of these positions of each segment: no more than needed.
+            rotary = rotary[:longest]
+        else:
+            mask = block_mask(packed["cu_seqlens"], rows, width)
+            rotary = rotary[position_ids.transpose(0, 1), 0]
+        hidden = None
+        if self.pre_process:
+            hidden = self.embedding(input_ids=input_ids, position_ids=position_ids)
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=mask,
+            rotary_pos_emb=rotary,
+            packed_seq_params=sequences,
+        )
+        return self._losses_at(hidden, packed) if self.post_process else hidden
+
+    def _losses_at(self, hidden: torch.Tensor, packed: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Cross-entropy where it counts; the logits of the other positions are never made.
+
+        Args:
+            hidden: [sequence, batch, hidden]; the sequence is this rank's part of it with sequence
+                parallelism.
+        """
+        if self.config.sequence_parallel:
+            # Every rank goes on with all of it, alike, and so has the whole gradient again.
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        flat = hidden.transpose(0, 1).reshape(-1, hidden.size(-1))
+        rows = flat.index_select(0, packed["positions"])[:, None]
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        layer = self.output_layer
+        # What it would gather is whole; without the mark it adds up the ranks' input gradients.
+        marked, layer.sequence_parallel = layer.sequence_parallel, False
+        try:
+            logits, _ = layer(rows, weight=weight)
+        finally:
+            layer.sequence_parallel = marked
+        return self.compute_language_model_loss(packed["targets"][None], logits)[0]
 
     def compute_language_model_loss(
         self, labels: torch.Tensor, logits: torch.Tensor
