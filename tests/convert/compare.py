@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tanren.config.schema import Layout, Model, RopeScaling
+from tanren.config.model import Model, RopeScaling
+from tanren.config.training import Layout
 from tanren.engine import distributed
 
 SHAPE = {
@@ -39,7 +40,7 @@ CASES = {
 def compare(shape: Model, folder: Path) -> dict[str, float | bool]:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    from tanren.convert import llama
+    from tanren.convert import llama, mcore
     from tanren.engine import model as models
     from tanren.engine.checkpoint import load_base
     from tanren.stages import convert, export
@@ -64,7 +65,8 @@ def compare(shape: Model, folder: Path) -> dict[str, float | bool]:
         ours = model(tokens, positions, None)
         losses = model(tokens[:, :-1], positions[:, :-1], None, labels=tokens[:, 1:])
 
-    export.export(checkpoint, shape, back, dtype=torch.float32, tokenizer=None, base=base)
+    with mcore.reader(checkpoint) as read:
+        export.write(read, shape, back, dtype=torch.float32, tokenizer=None, base=base)
     again = AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32)
     before, after = reference.state_dict(), again.state_dict()
     return {

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tanren import runs
 from tanren.config.errors import RequestError, WorkError
 from tanren.convert import hf
 
@@ -14,7 +15,7 @@ TENSORS = {f"layer.{i}.weight": torch.full((64, 4), float(i)) for i in range(5)}
 
 
 def write(folder: Path, max_shard_bytes: int = hf.MAX_SHARD_BYTES) -> Path:
-    with hf.whole_folder(folder) as partial:
+    with runs.whole_folder(folder) as partial:
         hf.write_tensors(partial, TENSORS.items(), max_shard_bytes=max_shard_bytes)
     return folder
 
@@ -79,7 +80,7 @@ def test_a_failed_write_leaves_the_old_folder_and_no_half_one(tmp_path: Path) ->
     folder = write(tmp_path / "model")
     before = (folder / "model.safetensors").read_bytes()
     full = pytest.raises(WorkError, match="cannot be written: No space left on device")
-    with full, hf.whole_folder(folder) as partial:
+    with full, runs.whole_folder(folder) as partial:
         (partial / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
     assert (folder / "model.safetensors").read_bytes() == before

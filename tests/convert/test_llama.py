@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tanren.config.errors import RequestError
-from tanren.config.schema import Model, RopeScaling
+from tanren.config.model import Model, RopeScaling
 from tanren.convert import llama
 
 SHAPE = Model(

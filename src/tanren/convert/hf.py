@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,13 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tanren.config.errors import RequestError, WorkError
-from tanren.config.schema import Model
+from tanren.config.errors import RequestError
+from tanren.config.model import Model
 from tanren.convert import llama
 from tanren.data import hub
 from tanren.data import tokenizer as tokenizers
 from tanren.data.fetch import fetch
-from tanren.plan.paths import PARTIAL
+from tanren.runs import whole_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _INDEX = "model.safetensors.index.json"
@@ -111,27 +109,6 @@ def reader(folder: Path) -> Iterator[Reader]:
             )
 
 
-@contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
-    """A folder that gets its name when everything in it is written."""
-    partial = final.with_name(final.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(partial, final)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise WorkError(
-            final, f"cannot be written: {error.strerror}", "make room and run the command again"
-        ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
 def write_tensors(
     folder: Path,
     tensors: Iterable[tuple[str, torch.Tensor]],
@@ -146,7 +123,7 @@ def write_tensors(
     def flush() -> None:
         nonlocal held, size
         if held:
-            _save(held, folder / f"shard-{len(shards)}.safetensors")
+            save(held, folder / f"shard-{len(shards)}.safetensors")
             shards.append(list(held))
             held, size = {}, 0
 
@@ -169,7 +146,8 @@ def write_tensors(
     (folder / _INDEX).write_bytes(orjson.dumps(index, option=orjson.OPT_INDENT_2))
 
 
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write one safetensors file; what goes wrong is an OSError, as for any other file."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -177,13 +155,15 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def write_settings(
-    folder: Path, model: Model, dtype: torch.dtype, tokenizer: Path | None, source: Path | None
-) -> None:
+    folder: Path, model: Model, dtype: torch.dtype, tokenizer: Path | None, source: Path | None,
+    end_ids: tuple[int, ...] = (),
+) -> None:  # fmt: skip
     """config.json, generation_config.json and the tokenizer's files.
 
     Args:
         tokenizer: the folder that the tokenizer is copied from.
         source: the base model's folder: what its config.json says beyond the shape is carried on.
+        end_ids: the tokens that end an answer. A generation stops at them and at the base's own.
     """
     name = {torch.bfloat16: "bfloat16", torch.float32: "float32"}[dtype]
     config = read_config(source) if source else llama.config_of(model)
@@ -201,6 +181,9 @@ def write_settings(
             target.setdefault("eos_token_id", read.eod)
             if read.bos is not None:
                 target.setdefault("bos_token_id", read.bos)
+    if end_ids:
+        own = generation.get("eos_token_id", [])
+        generation["eos_token_id"] = sorted({*end_ids, *(own if isinstance(own, list) else [own])})
     for file, value in (("config.json", config), ("generation_config.json", generation)):
         (folder / file).write_bytes(orjson.dumps(value, option=orjson.OPT_INDENT_2))
 

@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 
 from tanren.config.errors import RequestError
-from tanren.config.schema import Model, RopeScaling
+from tanren.config.model import Model, RopeScaling
 
 Read = Callable[[str], torch.Tensor]
 

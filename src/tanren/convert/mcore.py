@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tanren import runs
 from tanren.config.errors import RequestError
-from tanren.config.schema import Model
-from tanren.convert import hf, llama
+from tanren.config.model import Model
+from tanren.convert import llama
 
 _FORMAT = b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
 _FORMAT += b'"common_backend": "torch", "common_backend_version": 1}'
@@ -30,7 +30,7 @@ def write_base(model: Model, read: llama.Read, checkpoint: Path, *, iteration: i
         read: gives a Hugging Face tensor by name.
         checkpoint: the final folder; it appears when it is whole.
     """
-    with hf.whole_folder(checkpoint) as partial:
+    with runs.whole_folder(checkpoint) as partial:
         tensors = dict(llama.to_mcore(model, read))
         with _quiet():
             dcp.save(

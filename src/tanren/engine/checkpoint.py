@@ -40,8 +40,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from tanren import runs
 from tanren.config.errors import RequestError, WorkError
-from tanren.config.schema import Model
+from tanren.config.model import Model
+from tanren.config.training import Lora
+from tanren.convert import lora
 from tanren.convert.llama import megatron_arguments
+from tanren.engine.lora import adapter_keys
+from tanren.engine.model import Llama
 from tanren.plan.paths import PARTIAL, RunFolder
 
 # What fresh files of Transformer Engine hold beside the weights: FP8 scales. A base that was
@@ -103,7 +107,8 @@ def _random_state() -> ShardedObject:
 def _training_state(
     state: TrainingState, sharding: dict[str, Any], *, loading: bool, with_random: bool
 ) -> dict[str, Any]:
-    model = unwrap_model(state.model).sharded_state_dict(metadata=sharding)
+    llama = unwrap_model(state.model)
+    model = _trained(llama, llama.sharded_state_dict(metadata=sharding))
     result: dict[str, Any] = {
         "model": model,
         "optimizer": state.optimizer.sharded_state_dict(
@@ -120,7 +125,23 @@ def _training_state(
             "layout": _layout(),
             "args": megatron_arguments(state.shape),
         }
+        if llama.lora is not None:
+            result["lora"] = llama.lora.model_dump(mode="json")
     return result
+
+
+def _trained(model: Llama, weights: dict[str, Any]) -> dict[str, Any]:
+    """Of the weights, those that a run's checkpoints hold: all, or the adapters alone."""
+    adapters = adapter_keys(model)
+    if not adapters:
+        return weights
+    # Frozen or not, FP8's scales move with what the run sees.
+    kept = _OPTIONAL if model.config.fp8 else None
+    return {
+        key: value
+        for key, value in weights.items()
+        if key in adapters or (kept is not None and key.endswith(kept))
+    }
 
 
 class Saver:
@@ -322,20 +343,27 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(going, ignore_errors=True)
 
 
-def load_base(model: DistributedDataParallel, checkpoint: Path, recipe_file: str) -> None:
-    """Load weights alone, from a checkpoint of any layout.
+def load_base(model: torch.nn.Module, checkpoint: Path, recipe_file: str) -> None:
+    """Load weights alone, from a checkpoint of any layout. Adapters stay as they are.
 
     Raises:
         RequestError: a tensor is missing or has another shape; each is named with both shapes.
     """
-    wanted = {"model": unwrap_model(model).sharded_state_dict()}
+    llama = unwrap_model(model)
+    adapters = adapter_keys(llama)
+    weights = llama.sharded_state_dict()
+    wanted = {"model": {key: value for key, value in weights.items() if key not in adapters}}
     _check_shapes(wanted, checkpoint, recipe_file)
     loaded = _load(wanted, checkpoint)
-    _load_model(model, loaded["model"])
+    _load_model(llama, loaded["model"], without=adapters)
 
 
 def load(state: TrainingState, checkpoint: Path) -> None:
-    """Load a run's own checkpoint, whatever layout it was saved in."""
+    """Load a run's own checkpoint, whatever layout it was saved in.
+
+    That of a run with adapters holds these alone: load its base before.
+    """
+    llama = unwrap_model(state.model)
     common = dist_checkpointing.load_common_state_dict(str(checkpoint))
     saved_layout, here = common["layout"], _layout()
     sharding = dist_checkpointing.serialization.load_content_metadata(preloaded_state_dict=common)
@@ -349,9 +377,11 @@ def load(state: TrainingState, checkpoint: Path) -> None:
             f"was saved with checkpoints.reshard: data under {was}, and this is {now}",
             "resume in the layout it was saved in",
         )
+    _check_adapters(llama, lora.settings_in(common), checkpoint)
     wanted = _training_state(state, sharding, loading=True, with_random=not moved)
     loaded = _load(wanted, checkpoint)
-    _load_model(state.model, loaded["model"])
+    frozen = {name for name, weight in llama.named_parameters() if not weight.requires_grad}
+    _load_model(llama, loaded["model"], without=frozen)
     state.optimizer.load_state_dict(loaded["optimizer"])
     state.schedule.load_state_dict(common["opt_param_scheduler"])
     state.iteration = int(common["iteration"])
@@ -378,12 +408,28 @@ def _load(wanted: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     return loaded
 
 
-def _load_model(model: DistributedDataParallel, weights: dict[str, Any]) -> None:
-    problems = unwrap_model(model).load_state_dict(weights, strict=False)
+def _check_adapters(model: Llama, saved: Lora | None, checkpoint: Path) -> None:
+    """Refuse adapters of another kind; their dropout changes nothing that is saved."""
+    there, here = (
+        "no adapters"
+        if each is None
+        else f"adapters of rank {each.rank}, alpha {each.alpha:g}, beside {' '.join(each.linears)}"
+        for each in (saved, model.lora)
+    )
+    if there != here:
+        raise RequestError(
+            checkpoint,
+            f"was saved with {there}, and this run has {here}",
+            "set lora back to what it was, or start the run under a new NAME=",
+        )
+
+
+def _load_model(model: Llama, weights: dict[str, Any], without: set[str]) -> None:
+    problems = model.load_state_dict(weights, strict=False)
     wrong = [
         key
         for key in [*problems.missing_keys, *problems.unexpected_keys]
-        if not key.endswith(_OPTIONAL)
+        if not key.endswith(_OPTIONAL) and key not in without
     ]
     assert not wrong, f"weights that were not loaded: {wrong}"
 
@@ -392,7 +438,8 @@ def _check_shapes(wanted: dict[str, Any], checkpoint: Path, recipe_file: str) ->
     """Compare what the model wants with what the checkpoint has, before reading a tensor."""
     there = dist_checkpointing.load_tensors_metadata(str(checkpoint))
     problems = []
-    for tensor in _sharded_tensors(wanted):
+    # The layers are parts of one stacked tensor, which need be named only once.
+    for tensor in {tensor.key: tensor for tensor in _sharded_tensors(wanted)}.values():
         if tensor.key.endswith(_OPTIONAL):
             continue
         found = there.get(tensor.key)

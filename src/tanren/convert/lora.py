@@ -1,0 +1,151 @@
+"""Low-rank adapters between megatron-core checkpoints, merged weights and PEFT folders.
+
+An adapter is two matrices beside a linear layer W: A, which megatron-core and NeMo call linear_in,
+and B, linear_out (LoRA, Hu et al. 2021). A checkpoint stacks them over the layers, as it stacks W:
+A [layers, rank, in], B [layers, out, rank]. Their rows and columns lie as those of W do, so that
+llama's table says how they come apart: query, key and value share A and split B, and so do gate
+and up.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+
+from tanren import runs
+from tanren.config.errors import RequestError
+from tanren.config.model import Model
+from tanren.config.training import Lora, LoraLinear
+from tanren.convert import hf, llama
+from tanren.data import tokenizer as tokenizers
+
+# Where a decoder layer has its linear layers.
+MODULES: dict[LoraLinear, str] = {
+    "attention_qkv": "self_attention.linear_qkv",
+    "attention_dense": "self_attention.linear_proj",
+    "mlp_fc1": "mlp.linear_fc1",
+    "mlp_fc2": "mlp.linear_fc2",
+}
+# What an adapter's tensors are called, after the name of its linear layer; as NeMo calls them.
+LINEAR_IN, LINEAR_OUT = "adapter.linear_in.weight", "adapter.linear_out.weight"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One linear layer's row of the table: its weight, and the names of A and B."""
+
+    weight: llama.Entry
+    linear_in: str
+    linear_out: str
+
+
+def table(model: Model, lora: Lora) -> list[Adapter]:
+    """The adapters of a model of this shape, in the order of the forward pass."""
+    entries = {entry.mcore: entry for entry in llama.table(model)}
+    places = [f"decoder.layers.{MODULES[name]}." for name in lora.linears]
+    return [
+        Adapter(entries[place + "weight"], place + LINEAR_IN, place + LINEAR_OUT)
+        for place in places
+    ]
+
+
+def settings_of(checkpoint: Path) -> Lora | None:
+    """What a checkpoint of adapters says of them; None for a checkpoint of whole weights."""
+    path = checkpoint / "common.pt"
+    try:
+        # Beside plain values it holds Megatron-LM's arguments. megatron-core allows the same once
+        # for all: at the end of a `with` it would be forbidden to its own loading as well.
+        torch.serialization.add_safe_globals([argparse.Namespace])
+        common: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise RequestError(path, "is missing", "is it a torch_dist checkpoint?") from None
+    return settings_in(common)
+
+
+def settings_in(common: dict[str, Any]) -> Lora | None:
+    """The same, of a checkpoint's plain values."""
+    settings = common.get("lora")
+    return None if settings is None else Lora.model_validate(settings)
+
+
+def merged(model: Model, read_base: llama.Read, read_adapter: llama.Read, lora: Lora) -> llama.Read:
+    """The base's tensors with alpha/rank B A added to the weights that have an adapter.
+
+    Args:
+        read_base: gives a megatron-core tensor of the base by name.
+        read_adapter: gives an adapter's tensor by name.
+    Returns:
+        a reader of megatron-core tensors, in the base's type; the sum is taken in fp32.
+    """
+    adapters = {adapter.weight.mcore: adapter for adapter in table(model, lora)}
+
+    def read(name: str) -> torch.Tensor:
+        base = read_base(name)
+        adapter = adapters.get(name)
+        if adapter is None:
+            return base
+        down, up = read_adapter(adapter.linear_in), read_adapter(adapter.linear_out)
+        result = torch.empty_like(base)
+        # A layer at a time: in fp32 the whole stack would take twice the base's memory.
+        for layer, weight in enumerate(base):
+            change = lora.scale * (up[layer].float() @ down[layer].float())
+            result[layer] = weight.float() + change
+        return result
+
+    return read
+
+
+def to_peft(model: Model, read: llama.Read, lora: Lora) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of each matrix as PEFT keeps it beside the Hugging Face model.
+
+    Args:
+        read: gives an adapter's tensor by name.
+    """
+    for adapter in table(model, lora):
+        down, up = read(adapter.linear_in), read(adapter.linear_out)
+        for layer in range(model.layers):
+            parts = adapter.weight.split(model, up[layer])
+            for name, part in zip(adapter.weight.hf, parts, strict=True):
+                linear = "base_model.model." + name.format(layer=layer).removesuffix(".weight")
+                # A file holds each tensor on its own, also where query, key and value share one.
+                yield f"{linear}.lora_A.weight", down[layer].clone()
+                yield f"{linear}.lora_B.weight", part.clone()
+
+
+def write_peft(
+    folder: Path, model: Model, read: llama.Read, lora: Lora, base: str,
+    tokenizer: Path | None = None,
+) -> None:  # fmt: skip
+    """Write a folder that peft.PeftModel.from_pretrained loads; it appears when it is whole.
+
+    Args:
+        read: gives an adapter's tensor by name.
+        base: the Hugging Face model that the adapters were trained beside, a path or a repository.
+        tokenizer: a folder whose tokenizer is copied beside them.
+    """
+    linears = [name.split(".")[-2] for adapter in table(model, lora) for name in adapter.weight.hf]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        # An int to most who read it, PEFT itself included.
+        "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": linears,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    with runs.whole_folder(folder) as partial:
+        hf.save(dict(to_peft(model, read, lora)), partial / "adapter_model.safetensors")
+        (partial / "adapter_config.json").write_bytes(
+            orjson.dumps(config, option=orjson.OPT_INDENT_2)
+        )
+        if tokenizer is not None:
+            tokenizers.copy(tokenizer, partial)
