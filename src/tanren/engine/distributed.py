@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from tanren.config.schema import Layout
+from tanren.config.training import Layout
 
 
 @dataclass(frozen=True)

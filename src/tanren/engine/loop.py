@@ -8,25 +8,21 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank
-from torch.utils.data import Dataset
 
 from tanren.config.errors import WorkError
-from tanren.data.blend import Batch, MicroBatches, batches
+from tanren.data.blend import Batch
 from tanren.engine.checkpoint import Saver, TrainingState
 from tanren.engine.log import Metrics
-from tanren.engine.loss import token_loss
 
 logger = logging.getLogger("tanren")
 
@@ -60,36 +56,66 @@ class StopRequest:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a run has done up to some iteration: tokens read, and FLOP of the model for them."""
+
+    tokens: int
+    flops: float
+
+
+class Feed(Protocol):
+    """What is read, step by step, cut into this rank's micro batches."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Sequence length and micro batch that pass between pipeline stages."""
+
+    def batches(self, first: int, last: int, *, workers: int) -> Iterator[Batch]:
+        """The micro batches of the iterations from `first` (done before) to `last`."""
+
+    def accumulation(self, iteration: int) -> int:
+        """Micro batches of a rank in the step behind this iteration; the same on every rank."""
+
+    def work(self, iteration: int) -> Work:
+        """What the first iterations are together."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a stage minimises.
+
+    `forward_step` takes one micro batch through this rank's part of the model, as megatron-core's
+    schedules ask, and its loss function reports `width` sums. `means` turns the sums over a global
+    batch into what is logged, with `loss` among it. `check_first` is given the sums before the
+    first update of a run.
+    """
+
+    forward_step: Callable[[Iterator[Batch], torch.nn.Module], tuple[torch.Tensor, Any]]
+    width: int
+    means: Callable[[list[float]], dict[str, float]]
+    # Of the means, those that a line of the log has.
+    shown: tuple[str, ...] = ("loss",)
+    check_first: Callable[[list[float]], None] | None = None
+
+
+@dataclass(frozen=True)
 class Budget:
-    """How long to train, how the global batch is cut, and the iteration that the data begins at."""
+    """How long to train, and the samples of a step, by which the schedule counts.
+
+    `data_start` is the iteration that the data begins at.
+    """
 
     steps: int
-    sequence_length: int
     global_batch: int
-    micro_batch: int
-    accumulation: int
-    flops_per_token: float
     data_start: int = 0
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What the model is measured on and how often."""
+    """What the model is measured on, as one step, and how often."""
 
-    dataset: Dataset[Batch]
-    sequences: int
+    feed: Feed
     every_steps: int | None
-
-
-@dataclass(frozen=True)
-class Means:
-    """What the ranks found together: means over the tokens that counted, in nats."""
-
-    loss: float
-    # None without z-loss.
-    z_loss: float | None
-    # Whether any rank was asked to stop.
-    stop: bool
 
 
 @dataclass(frozen=True)
@@ -100,18 +126,10 @@ class Outcome:
     stopped: str | None
 
 
-def forward_step(data: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    """One micro batch through this rank's part of the model, as megatron-core's schedules ask."""
-    batch = get_batch_on_this_cp_rank(next(data))
-    output = model(
-        batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]
-    )
-    return output, partial(token_loss, batch["loss_mask"])
-
-
 def train(
     state: TrainingState,
-    dataset: Dataset[Batch],
+    objective: Objective,
+    feed: Feed,
     held_out: HeldOut | None,
     budget: Budget,
     *,
@@ -139,21 +157,12 @@ def train(
         config.no_sync_func = state.model.no_sync
     if state.model.ddp_config.overlap_param_gather:
         config.param_sync_func = state.model.start_param_sync
-    data = batches(
-        dataset,
-        MicroBatches(
-            first=(state.iteration - budget.data_start) * budget.global_batch,
-            last=(budget.steps - budget.data_start) * budget.global_batch,
-            micro_batch=budget.micro_batch,
-            data_rank=parallel_state.get_data_parallel_rank(),
-            data_size=parallel_state.get_data_parallel_world_size(),
-        ),
-        workers=workers,
-        device=device,
+    data = feed.batches(
+        state.iteration - budget.data_start, budget.steps - budget.data_start, workers=workers
     )
     # What is held out is the present data's: a new mix is measured where it begins.
     if held_out and state.iteration == budget.data_start:
-        _measure(state, held_out, budget, device, metrics)
+        _measure(state, objective, held_out, device, metrics)
     state.model.train()
     # Collections at random moments make ranks wait for one another; a fixed rhythm does not.
     gc.collect()
@@ -165,22 +174,24 @@ def train(
             began = time.perf_counter()
             rate = float(state.optimizer.param_groups[0]["lr"])
             try:
-                means, grad_norm = _step(state, data, budget, device, stop)
+                means, grad_norm, asked = _step(state, objective, feed, data, budget, device, stop)
             except WorkError:
                 # Every rank is here alike: the checkpoint that is being written is still whole.
                 saver.close()
                 raise
             state.iteration += 1
             seconds = time.perf_counter() - began
-            _record(state, budget, metrics, means, rate, grad_norm, seconds, device)
+            _record(
+                state, objective, feed, budget, metrics, means, rate, grad_norm, seconds, device
+            )
             saver.poll()
             if held_out and held_out.every_steps and state.iteration % held_out.every_steps == 0:
-                _measure(state, held_out, budget, device, metrics)
-            if state.iteration % save_every == 0 or state.iteration == budget.steps or means.stop:
+                _measure(state, objective, held_out, device, metrics)
+            if state.iteration % save_every == 0 or state.iteration == budget.steps or asked:
                 saved = _save(state, saver, metrics)
             if state.iteration % 50 == 0:
                 gc.collect()
-            if means.stop:
+            if asked:
                 break
         saver.close()
     except BaseException:
@@ -193,7 +204,7 @@ def train(
     if state.iteration < budget.steps:
         return Outcome(state.iteration, stop.reason or "another rank")
     if held_out and not (held_out.every_steps and budget.steps % held_out.every_steps == 0):
-        _measure(state, held_out, budget, device, metrics)
+        _measure(state, objective, held_out, device, metrics)
     return Outcome(state.iteration, None)
 
 
@@ -208,31 +219,28 @@ def _save(state: TrainingState, saver: Saver, metrics: Metrics) -> int:
 
 def _step(
     state: TrainingState,
+    objective: Objective,
+    feed: Feed,
     data: Iterator[Batch],
     budget: Budget,
     device: torch.device,
     stop: StopRequest,
-) -> tuple[Means, float]:
-    """One optimizer step: its losses and its gradient norm."""
+) -> tuple[dict[str, float], float, bool]:
+    """One optimizer step: its means, its gradient norm, and whether any rank is to stop."""
     state.model.zero_grad_buffer()
     state.optimizer.zero_grad()
-    reports = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=data,
-        model=[state.model],
-        num_microbatches=budget.accumulation,
-        seq_length=budget.sequence_length,
-        micro_batch_size=budget.micro_batch,
-        forward_only=False,
-    )
-    means = _means(reports, device, stop.reason is not None)
-    if not math.isfinite(means.loss):
+    reports = run_pass(state, objective, feed, data, state.iteration - budget.data_start)
+    totals = _totals(reports, objective.width, device, stop.reason is not None)
+    means = objective.means(totals[:-1])
+    if not math.isfinite(means["loss"]):
         # Every rank has the same loss here, so every rank stops, and before the update.
         raise WorkError(
             f"step {state.iteration + 1}",
-            f"the loss is {means.loss}",
+            f"the loss is {means['loss']}",
             "the last checkpoint is from before; lower optimizer.lr or look at the data",
         )
+    if state.iteration == 0 and objective.check_first is not None:
+        objective.check_first(totals[:-1])
     _, grad_norm, _ = state.optimizer.step()
     if not math.isfinite(grad_norm):
         # The weights are spoilt by now, so they must not be saved. The norm is the same on every
@@ -243,72 +251,86 @@ def _step(
             "the last checkpoint is from before; lower optimizer.lr or look at the data",
         )
     state.schedule.step(increment=budget.global_batch)
-    return means, float(grad_norm)
+    return means, float(grad_norm), totals[-1] > 0
 
 
-def _means(reports: list[torch.Tensor], device: torch.device, stop: bool) -> Means:
-    """The losses over the global batch, and whether any rank was asked to stop, in one reduction.
+def run_pass(
+    state: TrainingState,
+    objective: Objective,
+    feed: Feed,
+    data: Iterator[Batch],
+    iteration: int,
+    *,
+    forward_only: bool = False,
+) -> list[torch.Tensor]:
+    """The micro batches of one step, forwards and backwards: what each reported."""
+    sequence_length, micro_batch = feed.shape
+    reports: list[torch.Tensor] = get_forward_backward_func()(
+        forward_step_func=objective.forward_step,
+        data_iterator=data,
+        model=[state.model],
+        num_microbatches=feed.accumulation(iteration),
+        seq_length=sequence_length,
+        micro_batch_size=micro_batch,
+        forward_only=forward_only,
+    )
+    return reports
 
-    Args:
-        reports: of each micro batch, as `token_loss` makes them.
+
+def _totals(
+    reports: list[torch.Tensor], width: int, device: torch.device, stop: bool
+) -> list[float]:
+    """The reports summed over the global batch, and how many ranks were asked to stop: one
+    reduction for both.
     """
-    total = torch.zeros(4, dtype=torch.float64, device=device)
+    total = torch.zeros(width + 1, dtype=torch.float64, device=device)
     # The last pipeline stage has the losses; its tensor-parallel ranks have them alike.
     if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
-        total[:3] = torch.stack(reports).double().sum(0)
-    total[3] = float(stop)
+        total[:width] = torch.stack(reports).double().sum(0)
+    total[width] = float(stop)
     dist.all_reduce(total)
-    loss, tokens, z_loss, stops = total.tolist()
-    # log²Z is never nought to the last bit, so that nought is what no z-loss reports.
-    return Means(loss / tokens, z_loss / tokens or None, stops > 0)
+    found: list[float] = total.tolist()
+    return found
 
 
 def evaluate(
-    model: DistributedDataParallel, held_out: HeldOut, budget: Budget, device: torch.device
-) -> float:
-    """Mean loss in nats a token over the first held-out sequences, the same in every layout."""
-    ranks = parallel_state.get_data_parallel_world_size()
-    data = batches(
-        held_out.dataset,
-        MicroBatches(
-            first=0,
-            last=held_out.sequences,
-            micro_batch=budget.micro_batch,
-            data_rank=parallel_state.get_data_parallel_rank(),
-            data_size=ranks,
-        ),
-        workers=0,
-        device=device,
-    )
-    model.eval()
+    state: TrainingState, objective: Objective, feed: Feed, device: torch.device
+) -> dict[str, float]:
+    """The objective's means over a feed of one step, the same in every layout."""
+    data = feed.batches(0, 1, workers=0)
+    state.model.eval()
     with torch.no_grad():
-        reports = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=data,
-            model=[model],
-            num_microbatches=held_out.sequences // (budget.micro_batch * ranks),
-            seq_length=budget.sequence_length,
-            micro_batch_size=budget.micro_batch,
-            forward_only=True,
-        )
-    model.train()
-    return _means(reports, device, stop=False).loss
+        reports = run_pass(state, objective, feed, data, 0, forward_only=True)
+    state.model.train()
+    return objective.means(_totals(reports, objective.width, device, False)[:-1])
 
 
 def _measure(
-    state: TrainingState, held_out: HeldOut, budget: Budget, device: torch.device, metrics: Metrics
+    state: TrainingState,
+    objective: Objective,
+    held_out: HeldOut,
+    device: torch.device,
+    metrics: Metrics,
 ) -> None:
-    loss = evaluate(state.model, held_out, budget, device)
-    metrics.write(state.iteration, {"held_out_loss": loss})
+    means = evaluate(state, objective, held_out.feed, device)
+    metrics.write(state.iteration, {f"held_out_{name}": value for name, value in means.items()})
     if dist.get_rank() == 0:
-        logger.info("step %d: held-out loss %.4f", state.iteration, loss)
+        logger.info("step %d: held-out %s", state.iteration, _in_words(objective, means))
+
+
+def _in_words(objective: Objective, means: dict[str, float]) -> str:
+    return "  ".join(
+        f"{name.replace('_', ' ')} {means[name]:.4f}" for name in objective.shown if name in means
+    )
 
 
 def _record(
     state: TrainingState,
+    objective: Objective,
+    feed: Feed,
     budget: Budget,
     metrics: Metrics,
-    means: Means,
+    means: dict[str, float],
     rate: float,
     grad_norm: float,
     seconds: float,
@@ -316,33 +338,30 @@ def _record(
 ) -> None:
     if dist.get_rank() != 0:
         return
-    tokens = budget.global_batch * budget.sequence_length
+    read = state.iteration - budget.data_start
+    before, after = feed.work(read - 1), feed.work(read)
+    tokens = after.tokens - before.tokens
     values: dict[str, Any] = {
-        "loss": means.loss,
+        **means,
         "lr": rate,
         "grad_norm": grad_norm,
-        "tokens": state.iteration * tokens,
+        "tokens": after.tokens,
         "seconds": round(seconds, 4),
         "tokens_per_second": round(tokens / seconds, 1),
     }
-    z_loss = ""
-    if means.z_loss is not None:
-        values["z_loss"] = means.z_loss
-        z_loss = f"  z-loss {means.z_loss:.4f}"
     if device.type == "cuda":
-        per_gpu = tokens / seconds / dist.get_world_size()
+        gpus = dist.get_world_size()
         values |= {
-            "tokens_per_second_per_gpu": round(per_gpu, 1),
-            "tflops_per_gpu": round(per_gpu * budget.flops_per_token / 1e12, 1),
+            "tokens_per_second_per_gpu": round(tokens / seconds / gpus, 1),
+            "tflops_per_gpu": round((after.flops - before.flops) / seconds / gpus / 1e12, 1),
             "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         }
     metrics.write(state.iteration, values)
     logger.info(
-        "step %d/%d  loss %.4f%s  lr %.3g  grad norm %.3f  %.0f tokens/s",
+        "step %d/%d  %s  lr %.3g  grad norm %.3f  %.0f tokens/s",
         state.iteration,
         budget.steps,
-        means.loss,
-        z_loss,
+        _in_words(objective, means),
         rate,
         grad_norm,
         values["tokens_per_second"],

@@ -9,7 +9,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from tanren.config.schema import Optimizer, Schedule
+from tanren.config.training import Optimizer, Schedule
 
 
 def build_optimizer(
@@ -53,7 +53,7 @@ def build_schedule(
     decay = settings.decay_steps
     wsd = settings.style == "WSD"
     # megatron-core counts the steps of a decay from the first step of the run.
-    end = settings.warmup_steps + decay if decay and not wsd else steps
+    end = settings.warmup_steps + decay if decay and not wsd else steps - settings.constant_steps
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
