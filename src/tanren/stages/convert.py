@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tanren import runs
 from tanren.config.errors import RequestError
-from tanren.config.schema import Model
+from tanren.config.model import Model
 from tanren.convert import hf, llama, mcore
 from tanren.data import tokenizer as tokenizers
 from tanren.plan.checks import check_vocabulary
@@ -62,7 +62,10 @@ def convert_base(base: Path, model: Model, checkpoint: Path, recipe_file: str) -
         mcore.write_base(model, read, checkpoint)
 
 
-def check_tokenizers(base: Path, tokenizer: str | None, recipe_file: str) -> None:
+def check_tokenizers(
+    base: Path, tokenizer: str | None, recipe_file: str,
+    next_step: str = "preprocess the data with the base's tokenizer",
+) -> None:  # fmt: skip
     """Refuse data whose tokenizer is not the base's."""
     if tokenizer is None or not tokenizers.is_there(base):
         return
@@ -72,5 +75,5 @@ def check_tokenizers(base: Path, tokenizer: str | None, recipe_file: str) -> Non
             f"{recipe_file}: tokenizer",
             f"{tokenizer} ({here.size} pieces) is not the tokenizer of the base {base} "
             f"({there.size} pieces)",
-            "preprocess the data with the base's tokenizer",
+            next_step,
         )

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
 from tanren import runs
-from tanren.config.schema import Model
+from tanren.config.errors import RequestError
+from tanren.config.model import Model
+from tanren.config.training import Lora
 from tanren.convert import hf, llama, mcore
+from tanren.convert import lora as adapters
+from tanren.data import template
 from tanren.plan.paths import RunFolder
-from tanren.plan.plan import ExportPlan, MidtrainPlan, digest, read_plan
+from tanren.plan.plan import ExportPlan, MidtrainPlan, TrainingPlan, TuningPlan, digest, read_plan
+from tanren.stages import tuning
+from tanren.stages.generate import generate
 
 logger = logging.getLogger("tanren")
 
@@ -21,56 +29,111 @@ def run(plan: ExportPlan, attempt: int) -> None:
     source, iteration = RunFolder(Path(plan.source)), plan.iteration
     assert iteration is not None
     trained = read_plan(source.plan)
-    assert isinstance(trained, MidtrainPlan)
+    assert isinstance(trained, TrainingPlan)
     checkpoint = runs.check_checkpoint(source, iteration)
     exported = source.export(iteration)
-    base = Path(hf.locate(trained.hf_source)) if trained.hf_source else None
     logger.info("exporting %s", checkpoint)
-    export(checkpoint, trained.model, exported, dtype=hf.DTYPES[plan.recipe.dtype],
-           tokenizer=RunFolder(Path(trained.data)).tokenizer, base=base)  # fmt: skip
-    sample = ""
+    settings = adapters.settings_of(checkpoint)
+    dtype = hf.DTYPES[plan.recipe.dtype]
+    if settings is not None and plan.recipe.adapters == "peft":
+        _write_peft(trained, checkpoint, settings, exported, dtype)
+    else:
+        with _weights(trained, checkpoint, settings) as read:
+            _write(trained, read, exported, dtype)
+    sample, asked = "", plan.recipe.prompt
     if plan.recipe.sample_tokens:
-        sample = generate(exported, plan.recipe.prompt, plan.recipe.sample_tokens)
+        tuned = isinstance(trained, TuningPlan) and plan.recipe.question != ""
+        asked = plan.recipe.question if tuned else plan.recipe.prompt
+        sample = generate(exported, asked, plan.recipe.sample_tokens, chat=tuned)
     runs.mark_done(
         plan.folder,
         {
             "identity": digest(plan.settings),
             "iteration": iteration,
             "hf": str(exported),
-            "prompt": plan.recipe.prompt,
+            "prompt": asked,
             "sample": sample,
         },
     )
 
 
-def export(
-    checkpoint: Path,
+@contextmanager
+def _weights(
+    trained: TrainingPlan, checkpoint: Path, settings: Lora | None
+) -> Iterator[llama.Read]:
+    """A trained model's tensors, its adapters merged into its base's weights."""
+    with ExitStack() as stack:
+        read = stack.enter_context(mcore.reader(checkpoint))
+        if settings is None:
+            yield read
+        else:
+            base = stack.enter_context(_start(trained))
+            yield adapters.merged(trained.model, base, read, settings)
+
+
+@contextmanager
+def _start(trained: TrainingPlan) -> Iterator[llama.Read]:
+    """The tensors that a training with adapters began from, and left as they were."""
+    kind, _, where = trained.start.partition(":")
+    # Iteration 0 is what the run itself made of a Hugging Face folder.
+    base = trained.folder.checkpoint(0) if kind == "hf" else Path(where)
+    if not base.is_dir():
+        raise RequestError(
+            base, "is not there any more, and the adapters were trained beside it",
+            f"bring it back, or make it again as {trained.folder.plan} says",
+        )  # fmt: skip
+    with ExitStack() as stack:
+        read = stack.enter_context(mcore.reader(base))
+        for below in map(Path, trained.adapters):
+            settings = adapters.settings_of(below)
+            assert settings is not None, below
+            read_below = stack.enter_context(mcore.reader(below))
+            read = adapters.merged(trained.model, read, read_below, settings)
+        yield read
+
+
+def _write(trained: TrainingPlan, read: llama.Read, folder: Path, dtype: torch.dtype) -> None:
+    base = Path(hf.locate(trained.hf_source)) if trained.hf_source else None
+    end_ids = tuning.end_ids(trained.folder) if isinstance(trained, TuningPlan) else ()
+    write(
+        read, trained.model, folder,
+        dtype=dtype, tokenizer=_tokenizer(trained), base=base, end_ids=end_ids,
+    )  # fmt: skip
+
+
+def write(
+    read: llama.Read,
     model: Model,
     folder: Path,
     *,
     dtype: torch.dtype,
     tokenizer: Path | None,
     base: Path | None,
+    end_ids: tuple[int, ...] = (),
 ) -> None:
-    """Write a Hugging Face folder from a checkpoint; it appears when it is whole."""
-    with hf.whole_folder(folder) as partial, mcore.reader(checkpoint) as read:
-        hf.write_tensors(partial, ((name, t.to(dtype)) for name, t in llama.to_hf(model, read)))
-        hf.write_settings(partial, model, dtype, tokenizer, base)
+    """Write a Hugging Face folder from megatron-core tensors; it appears when it is whole."""
+    with runs.whole_folder(folder) as partial:
+        tensors = ((name, t.to(dtype)) for name, t in llama.to_hf(model, read))
+        hf.write_tensors(partial, tensors)
+        hf.write_settings(partial, model, dtype, tokenizer, base, end_ids)
+        template.make_fast(partial)
 
 
-def generate(folder: Path, prompt: str, tokens: int) -> str:
-    """The model's own continuation of a prompt, by transformers; the same at every call."""
-    import transformers
+def _write_peft(
+    trained: TrainingPlan, checkpoint: Path, settings: Lora, folder: Path, dtype: torch.dtype
+) -> None:
+    """Write the adapters as PEFT has them, and beside them, once, the base they belong to."""
+    base = trained.folder.hf_base
+    if not base.is_dir():
+        with _start(trained) as read:
+            _write(trained, read, base, dtype)
+    with mcore.reader(checkpoint) as read:
+        adapters.write_peft(
+            folder, trained.model, read, settings, str(base), tokenizer=_tokenizer(trained)
+        )
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    transformers.set_seed(0)
-    with torch.no_grad():
-        result = model.generate(
-            ids, max_new_tokens=tokens, do_sample=True, temperature=0.7, top_p=0.9,
-            attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.eos_token_id,
-        )  # fmt: skip
-    return str(tokenizer.decode(result[0], skip_special_tokens=True))
+
+def _tokenizer(trained: TrainingPlan) -> Path:
+    if isinstance(trained, MidtrainPlan):
+        return RunFolder(Path(trained.data)).tokenizer
+    return trained.folder.tokenizer

@@ -3,85 +3,53 @@
 from __future__ import annotations
 
 import logging
-import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.utils import get_batch_on_this_cp_rank
 
-from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.convert import hf
 from tanren.data import blend, indexed
 from tanren.data import tokenizer as tokenizers
-from tanren.engine import distributed, loop
-from tanren.engine import model as models
-from tanren.engine.checkpoint import Saver, TrainingState, load, load_base
-from tanren.engine.log import Metrics
-from tanren.engine.optimizer import build_optimizer, build_schedule
+from tanren.engine import loop
+from tanren.engine.loss import token_loss
 from tanren.plan.checks import check_vocabulary
 from tanren.plan.paths import RunFolder
-from tanren.plan.plan import MidtrainPlan, digest
-from tanren.stages.convert import check_tokenizers, convert_base
+from tanren.plan.plan import MidtrainPlan
+from tanren.stages import training
+from tanren.stages.convert import check_tokenizers
 
 logger = logging.getLogger("tanren")
 
 
 def run(plan: MidtrainPlan, attempt: int) -> None:
     """Train, or go on training, until the last step or a signal."""
-    folder = plan.folder
-    deadline = os.environ.get("TANREN_DEADLINE")
-    stop = loop.StopRequest(
-        # One rank asks the file system; the others hear of it with the loss.
-        folder.stop if os.environ.get("RANK", "0") == "0" else None,
-        float(deadline) if deadline else None,
-    )
-    stop.install()
-    ranks = distributed.initialize(plan.recipe.layout, plan.launch.device, plan.recipe.seed)
-    _describe(plan, ranks)
+    session = training.begin(plan, attempt)
     data = _data(plan)
-    state = _state(plan)
-    _start(plan, state, folder)
-
-    metrics = Metrics(folder.metrics, folder.tensorboard, attempt=attempt, enabled=ranks.is_first)
-    settings = plan.recipe.checkpoints
-    saver = Saver(folder, keep_last=settings.keep_last, reshard=settings.reshard)
-    outcome = loop.train(
+    state = training.make_state(plan, plan.batch.steps, plan.recipe.z_loss)
+    training.start(plan, state)
+    if state.iteration and plan.data_start:
+        logger.info(
+            "the present data began at iteration %d; %d of its samples are read",
+            plan.data_start,
+            (state.iteration - plan.data_start) * plan.recipe.global_batch,
+        )
+    training.train(
+        session,
         state,
-        data.train,
-        _held_out(plan, data),
-        loop.Budget(
-            steps=plan.batch.steps,
-            sequence_length=plan.recipe.sequence_length,
-            global_batch=plan.recipe.global_batch,
-            micro_batch=plan.batch.micro_batch,
-            accumulation=plan.batch.accumulation,
-            flops_per_token=plan.model.flops_per_token(plan.recipe.sequence_length),
-            data_start=plan.data_start,
-        ),
-        device=ranks.device,
-        saver=saver,
-        save_every=settings.every_steps,
-        metrics=metrics,
-        stop=stop,
-        workers=2 if ranks.device.type == "cuda" else 0,
-        hang_seconds=plan.recipe.job.hang_minutes * 60,
+        loop.Objective(forward_step, width=3, means=_means, shown=("loss", "z_loss")),
+        Samples(plan, data.train, plan.recipe.global_batch, session.ranks.device),
+        _held_out(plan, data, session.ranks.device),
+        loop.Budget(plan.batch.steps, plan.recipe.global_batch, plan.data_start),
+        lambda: {"tokenizer": str(RunFolder(Path(plan.data)).tokenizer)},
     )
-    metrics.close()
-    if ranks.is_first:
-        _close(plan, folder, outcome)
-    distributed.finalize()
-
-
-def _describe(plan: MidtrainPlan, ranks: distributed.Ranks) -> None:
-    layout, batch = plan.recipe.layout, plan.batch
-    logger.info(
-        "%.2f B parameters on %d x %s: tensor %d, pipeline %d, context %d, data %d; %s, fp8 %s; "
-        "%d steps of %d x %d tokens",
-        plan.model.parameters / 1e9, ranks.world, ranks.device.type, layout.tensor,
-        layout.pipeline, layout.context, batch.data_parallel, plan.precision, plan.recipe.fp8,
-        batch.steps, plan.recipe.global_batch, plan.recipe.sequence_length,
-    )  # fmt: skip
 
 
 def _data(plan: MidtrainPlan) -> blend.Blend:
@@ -114,94 +82,61 @@ def _data(plan: MidtrainPlan) -> blend.Blend:
     )
 
 
-def _state(plan: MidtrainPlan) -> TrainingState:
-    recipe = plan.recipe
-    config = models.transformer_config(
-        plan.model,
-        recipe.layout,
-        precision=plan.precision,
-        fp8=recipe.fp8,
+def forward_step(data: Iterator[blend.Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    """One micro batch through this rank's part of the model, as megatron-core's schedules ask."""
+    batch = get_batch_on_this_cp_rank(next(data))
+    output = model(
+        batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]
     )
-    model = models.wrap_for_training(models.build(plan.model, config, recipe.z_loss))
-    optimizer = build_optimizer(recipe.optimizer, model, precision=plan.precision)
-    schedule = build_schedule(
-        recipe.schedule, recipe.optimizer, optimizer,
-        steps=plan.batch.steps, global_batch=recipe.global_batch,
-    )  # fmt: skip
-    return TrainingState(model, optimizer, schedule, plan.model)
+    return output, partial(token_loss, batch["loss_mask"])
 
 
-def _start(plan: MidtrainPlan, state: TrainingState, folder: RunFolder) -> None:
-    """Go on from the newest checkpoint of this run, else from its base, else from scratch."""
-    # Iteration 0 is the base of a run that starts from a Hugging Face folder.
-    newest = runs.latest_checkpoint(folder)
-    if newest:
-        logger.info("going on from %s", folder.checkpoint(newest))
-        load(state, folder.checkpoint(newest))
-        if plan.data_start:
-            logger.info(
-                "the present data began at iteration %d; %d of its samples are read",
-                plan.data_start,
-                (newest - plan.data_start) * plan.recipe.global_batch,
-            )
-        return
-    kind, _, where = plan.start.partition(":")
-    if kind == "scratch":
-        logger.info("starting from random weights, as the recipe says (init: scratch)")
-    else:
-        checkpoint = _converted(plan, folder, where) if kind == "hf" else Path(where)
-        if not (checkpoint / ".metadata").exists():
-            raise RequestError(
-                f"{plan.recipe_file}: init",
-                f"{checkpoint} is not a torch_dist checkpoint",
-                "name the folder that holds .metadata and metadata.json, such as .../iter_0000500",
-            )
-        problem = runs.checkpoint_problem(checkpoint, foreign=True)
-        if problem:
-            raise RequestError(checkpoint, problem, "make the base again, or fetch it again")
-        logger.info("starting from %s", checkpoint)
-        load_base(state.model, checkpoint, plan.recipe_file)
-    # The optimizer keeps fp32 copies of the weights: take those that were just loaded.
-    state.optimizer.reload_model_params()
+def _means(sums: list[float]) -> dict[str, float]:
+    """Means over the tokens that counted, in nats, from what `token_loss` reports."""
+    loss, tokens, z_loss = sums
+    means = {"loss": loss / tokens}
+    # log²Z is never nought to the last bit, so that nought is what no z-loss reports.
+    if z_loss:
+        means["z_loss"] = z_loss / tokens
+    return means
 
 
-def _converted(plan: MidtrainPlan, folder: RunFolder, source: str) -> Path:
-    """The base of `init: hf:` as this run's iteration 0, converted by the first rank."""
-    checkpoint = folder.checkpoint(0)
-    if dist.get_rank() == 0 and not checkpoint.exists():
-        convert_base(hf.locate(source), plan.model, checkpoint, plan.recipe_file)
-    dist.barrier()
-    return checkpoint
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a blend, so many a step, in their order; see `loop.Feed`."""
+
+    plan: MidtrainPlan
+    dataset: Any
+    a_step: int
+    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.plan.recipe.sequence_length, self.plan.batch.micro_batch
+
+    def batches(self, first: int, last: int, *, workers: int) -> Iterator[blend.Batch]:
+        """tokens, labels, loss_mask, position_ids, each [micro batch, sequence]."""
+        sampler = blend.MicroBatches(
+            first=first * self.a_step,
+            last=last * self.a_step,
+            micro_batch=self.plan.batch.micro_batch,
+            data_rank=parallel_state.get_data_parallel_rank(),
+            data_size=parallel_state.get_data_parallel_world_size(),
+        )
+        return blend.batches(self.dataset, sampler, workers=workers, device=self.device)
+
+    def accumulation(self, iteration: int) -> int:
+        return self.a_step // (self.plan.batch.micro_batch * self.plan.batch.data_parallel)
+
+    def work(self, iteration: int) -> loop.Work:
+        length = self.plan.recipe.sequence_length
+        tokens = (self.plan.data_start + iteration) * self.a_step * length
+        return loop.Work(tokens, tokens * self.plan.model.flops_per_token(length))
 
 
-def _held_out(plan: MidtrainPlan, data: blend.Blend) -> loop.HeldOut | None:
+def _held_out(plan: MidtrainPlan, data: blend.Blend, device: torch.device) -> loop.HeldOut | None:
     evaluation = plan.recipe.evaluation
     if evaluation is None or data.held_out is None:
         return None
-    return loop.HeldOut(data.held_out, evaluation.sequences, evaluation.every_steps)
-
-
-def _close(plan: MidtrainPlan, folder: RunFolder, outcome: loop.Outcome) -> None:
-    if outcome.stopped is not None:
-        logger.info("stopped by %s after step %d, saved", outcome.stopped, outcome.iteration)
-        runs.mark_stopped(folder, outcome.stopped, outcome.iteration)
-        return
-    losses = runs.curve(folder.metrics, "loss")
-    measured = runs.curve(folder.metrics, "held_out_loss")
-    # Of the present data alone: losses on other documents say nothing beside these.
-    held_out = {step: loss for step, loss in measured.items() if step >= plan.data_start}
-    runs.mark_done(
-        folder,
-        {
-            "identity": digest([plan.settings, losses[outcome.iteration]]),
-            "iteration": outcome.iteration,
-            "hf": plan.hf_source,
-            "tokenizer": str(RunFolder(Path(plan.data)).tokenizer),
-            "model": plan.model.model_dump(mode="json"),
-            "loss": [losses[min(losses)], losses[max(losses)]],
-            "held_out_loss": [held_out[min(held_out)], held_out[max(held_out)]]
-            if held_out
-            else None,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        },
-    )
+    feed = Samples(plan, data.held_out, evaluation.sequences, device)
+    return loop.HeldOut(feed, evaluation.every_steps)

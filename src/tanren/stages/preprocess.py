@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tanren import runs
+from tanren.config.data import Preprocess, Source
 from tanren.config.errors import RequestError
-from tanren.config.schema import Preprocess, Source
 from tanren.data import hub, tokenize
 from tanren.data import tokenizer as tokenizers
 from tanren.data.documents import documents, units

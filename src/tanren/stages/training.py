@@ -1,0 +1,231 @@
+"""What the stages that train share: how they begin, where they start from, how they end."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.utils import unwrap_model
+
+from tanren import runs
+from tanren.config.errors import RequestError
+from tanren.config.training import Lora, Tuning
+from tanren.convert import hf, mcore
+from tanren.convert import lora as adapters_of
+from tanren.engine import distributed, loop, lora
+from tanren.engine import model as models
+from tanren.engine.checkpoint import Saver, TrainingState, load, load_base
+from tanren.engine.log import Metrics
+from tanren.engine.optimizer import build_optimizer, build_schedule
+from tanren.plan.plan import TrainingPlan, digest
+from tanren.stages.convert import convert_base
+
+logger = logging.getLogger("tanren")
+
+
+@dataclass(frozen=True)
+class Session:
+    """One attempt of a training: its plan, its ranks, and how it is asked to stop."""
+
+    plan: TrainingPlan
+    attempt: int
+    ranks: distributed.Ranks
+    stop: loop.StopRequest
+
+
+def begin(plan: TrainingPlan, attempt: int) -> Session:
+    """Join the process group, and listen to requests to stop."""
+    deadline = os.environ.get("TANREN_DEADLINE")
+    stop = loop.StopRequest(
+        # One rank asks the file system; the others hear of it with the loss.
+        plan.folder.stop if os.environ.get("RANK", "0") == "0" else None,
+        float(deadline) if deadline else None,
+    )
+    stop.install()
+    recipe, layout = plan.recipe, plan.recipe.layout
+    ranks = distributed.initialize(layout, plan.launch.device, recipe.seed)
+    logger.info(
+        "%.2f B parameters on %d x %s: tensor %d, pipeline %d, context %d, data %d; %s, fp8 %s",
+        plan.model.parameters / 1e9, ranks.world, ranks.device.type, layout.tensor,
+        layout.pipeline, layout.context, plan.batch.data_parallel, plan.precision, recipe.fp8,
+    )  # fmt: skip
+    return Session(plan, attempt, ranks, stop)
+
+
+def make_state(plan: TrainingPlan, steps: int, z_loss: float = 0.0) -> TrainingState:
+    """The model with random weights, its optimizer and its schedule."""
+    recipe = plan.recipe
+    config = models.transformer_config(
+        plan.model,
+        recipe.layout,
+        precision=plan.precision,
+        fp8=recipe.fp8,
+    )
+    llama = models.build(plan.model, config, z_loss)
+    settings = _lora(plan)
+    if settings is not None:
+        lora.add_adapters(llama, settings, seed=recipe.seed)
+    model = models.wrap_for_training(llama)
+    optimizer = build_optimizer(recipe.optimizer, model, precision=plan.precision)
+    schedule = build_schedule(
+        recipe.schedule, recipe.optimizer, optimizer,
+        steps=steps, global_batch=recipe.global_batch,
+    )  # fmt: skip
+    return TrainingState(model, optimizer, schedule, plan.model)
+
+
+def _lora(plan: TrainingPlan) -> Lora | None:
+    return plan.recipe.lora if isinstance(plan.recipe, Tuning) else None
+
+
+def start(plan: TrainingPlan, state: TrainingState) -> None:
+    """Go on from the newest checkpoint of this run, else from its base, else from scratch."""
+    if _lora(plan) is not None or runs.latest_checkpoint(plan.folder) in (None, 0):
+        # A run's checkpoints hold its adapters alone.
+        load_start(plan, state)
+    resume(plan, state)
+
+
+def resume(plan: TrainingPlan, state: TrainingState) -> bool:
+    """Load the newest checkpoint of this run; False while it has none."""
+    # Iteration 0 is the base of a run that starts from a Hugging Face folder.
+    newest = runs.latest_checkpoint(plan.folder)
+    if newest:
+        logger.info("going on from %s", plan.folder.checkpoint(newest))
+        load(state, plan.folder.checkpoint(newest))
+    return bool(newest)
+
+
+def load_start(plan: TrainingPlan, state: TrainingState) -> None:
+    """Load the base."""
+    if plan.start == "scratch":
+        logger.info("starting from random weights, as the recipe says (init: scratch)")
+    else:
+        checkpoint = _base(plan)
+        logger.info("starting from %s", checkpoint)
+        load_base(state.model, checkpoint, plan.recipe_file)
+    for adapters in map(Path, plan.adapters):
+        logger.info("with the adapters of %s", adapters)
+        settings = adapters_of.settings_of(adapters)
+        assert settings is not None, adapters
+        with mcore.reader(adapters) as read:
+            lora.fold(unwrap_model(state.model), read, settings)
+    # The optimizer keeps fp32 copies of the weights: take those that were just loaded.
+    state.optimizer.reload_model_params()
+
+
+def _base(plan: TrainingPlan) -> Path:
+    """The base as a checkpoint, made sure to be whole; that of a Hugging Face folder is made."""
+    kind, _, where = plan.start.partition(":")
+    checkpoint = _converted(plan, where) if kind == "hf" else Path(where)
+    if not (checkpoint / ".metadata").exists():
+        raise RequestError(
+            f"{plan.recipe_file}: init",
+            f"{checkpoint} is not a torch_dist checkpoint",
+            "name the folder that holds .metadata and metadata.json, such as .../iter_0000500",
+        )
+    problem = runs.checkpoint_problem(checkpoint, foreign=True)
+    if problem:
+        raise RequestError(checkpoint, problem, "make the base again, or fetch it again")
+    return checkpoint
+
+
+def _converted(plan: TrainingPlan, source: str) -> Path:
+    """The base of `init: hf:` as this run's iteration 0, converted by the first rank."""
+    checkpoint = plan.folder.checkpoint(0)
+    if dist.get_rank() == 0 and not checkpoint.exists():
+        convert_base(hf.locate(source), plan.model, checkpoint, plan.recipe_file)
+    dist.barrier()
+    return checkpoint
+
+
+def train(
+    session: Session,
+    state: TrainingState,
+    objective: loop.Objective,
+    feed: loop.Feed,
+    held_out: loop.HeldOut | None,
+    budget: loop.Budget,
+    made: Callable[[], dict[str, Any]],
+) -> None:
+    """Train to the end or to a request to stop, and write down how it ended.
+
+    Args:
+        made: what DONE says beside what all trainings say.
+    """
+    plan, ranks, settings = session.plan, session.ranks, session.plan.recipe.checkpoints
+    logger.info("%d steps of %d samples", budget.steps, budget.global_batch)
+    folder = plan.folder
+    metrics = Metrics(
+        folder.metrics, folder.tensorboard, attempt=session.attempt, enabled=ranks.is_first
+    )
+    outcome = loop.train(
+        state,
+        objective,
+        feed,
+        held_out,
+        budget,
+        device=ranks.device,
+        saver=Saver(folder, keep_last=settings.keep_last, reshard=settings.reshard),
+        save_every=settings.every_steps,
+        metrics=metrics,
+        stop=session.stop,
+        workers=2 if ranks.device.type == "cuda" else 0,
+        hang_seconds=plan.recipe.job.hang_minutes * 60,
+    )
+    metrics.close()
+    if ranks.is_first:
+        _close(plan, outcome, budget, made)
+    distributed.finalize()
+
+
+def _close(
+    plan: TrainingPlan,
+    outcome: loop.Outcome,
+    budget: loop.Budget,
+    made: Callable[[], dict[str, Any]],
+) -> None:
+    folder = plan.folder
+    if outcome.stopped is not None:
+        logger.info("stopped by %s after step %d, saved", outcome.stopped, outcome.iteration)
+        runs.mark_stopped(folder, outcome.stopped, outcome.iteration)
+        return
+    losses = runs.curve(folder.metrics, "loss")
+    runs.mark_done(
+        folder,
+        {
+            "identity": digest([plan.settings, losses[outcome.iteration]]),
+            "iteration": outcome.iteration,
+            "start": plan.start,
+            "adapters": plan.adapters,
+            "hf": plan.hf_source,
+            "model": plan.model.model_dump(mode="json"),
+            "loss": _ends(losses),
+            "held_out": _held_out(plan, budget.data_start),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            **made(),
+        },
+    )
+
+
+def _held_out(plan: TrainingPlan, data_start: int) -> dict[str, list[float]]:
+    """The first and the last value of each held-out metric.
+
+    Of the present data alone: losses on other documents say nothing beside these.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for line in runs.read_lines(plan.folder.metrics):
+        for key, value in line.items():
+            if key.startswith("held_out_") and line["step"] >= data_start:
+                found.setdefault(key.removeprefix("held_out_"), {})[line["step"]] = value
+    return {name: _ends(curve) for name, curve in found.items()}
+
+
+def _ends(curve: dict[int, float]) -> list[float]:
+    return [curve[min(curve)], curve[max(curve)]]
