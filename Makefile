@@ -10,9 +10,10 @@ parts = $(if $(PARTS),--parts $(PARTS))
 where = $(if $(RUNTIME),--runtime '$(RUNTIME)') $(foreach b,$(BIND),--bind '$(b)')
 options = $(if $(VARIANT),--variant '$(VARIANT)') $(if $(NAME),--name '$(NAME)') $(foreach s,$(SET),--set '$(s)') $(where) $(job)
 iteration = $(if $(ITER),--set 'iteration=$(ITER)')
+of = $(if $(filter-out midtrain,$(STAGE)),--set 'of=stage:$(STAGE)')
 recipe = recipes/$(TASK)/$@.yaml
 
-.PHONY: help setup fetch preprocess convert midtrain pipeline export plan build-image image-info lock shell status logs cancel test test-images test-schedulers check
+.PHONY: help setup fetch preprocess convert midtrain sft dpo pipeline export show generate plan build-image image-info lock shell status logs cancel test test-images test-schedulers check
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,11 +35,23 @@ convert: ## a Hugging Face base to a megatron-core checkpoint
 midtrain: ## continued pre-training, with what it stands on and the export
 	@bin/setup host && bin/tanren midtrain $(recipe) $(options) $(waits) --needs --then export
 
+sft: ## supervised fine-tuning on conversations, with what it stands on and the export
+	@bin/setup host && bin/tanren sft $(recipe) $(options) $(waits) --needs --then export
+
+dpo: ## tuning on preferences, with what it stands on and the export
+	@bin/setup host && bin/tanren dpo $(recipe) $(options) $(waits) --needs --then export
+
 pipeline: ## STAGES=preprocess,convert,midtrain,export one after the other
 	@bin/setup host && bin/tanren pipeline recipes/$(TASK) --stages '$(STAGES)' $(options) $(waits)
 
-export: ## a checkpoint to a Hugging Face folder
-	@bin/setup host && bin/tanren export $(recipe) $(options) $(waits) $(iteration) --needs
+export: ## a checkpoint of STAGE=midtrain|sft|dpo to a Hugging Face folder
+	@bin/setup host && bin/tanren export $(recipe) $(options) $(waits) $(iteration) $(of) --needs
+
+show: ## N=3 examples of STAGE=sft|dpo, with what of them is trained on
+	@bin/setup host && bin/tanren show $(STAGE) $(TASK) $(if $(N),--n $(N)) $(options)
+
+generate: ## what the export of STAGE answers to PROMPT
+	@bin/setup host && bin/tanren generate recipes/$(TASK)/$(STAGE).yaml --prompt "$$PROMPT" $(if $(VARIANT),--variant '$(VARIANT)') $(if $(NAME),--name '$(NAME)') $(if $(RUNTIME),--runtime '$(RUNTIME)')
 
 plan: ## what STAGE of TASK would do; changes nothing
 	@bin/setup host && bin/tanren plan recipes/$(TASK)/$(STAGE).yaml $(options) $(parts)

@@ -125,6 +125,8 @@ def _stage_verb(stage: str, does: str) -> None:
 _stage_verb("preprocess", "Text to tokens: tokenizer, and Megatron .bin/.idx files.")
 _stage_verb("convert", "A Hugging Face base to a megatron-core checkpoint.")
 _stage_verb("midtrain", "Continued pre-training. The same command again goes on where it stopped.")
+_stage_verb("sft", "Supervised fine-tuning on conversations. The same command again goes on.")
+_stage_verb("dpo", "Tuning on preferences. The same command again goes on where it stopped.")
 _stage_verb("export", "A checkpoint to a Hugging Face folder.")
 
 
@@ -138,8 +140,9 @@ def plan(
     from tanren.config.errors import RequestError
     from tanren.launch import clusters, fetching, local, queue, submit
     from tanren.launch import parts as parts_of
-    from tanren.plan.plan import make_plan
+    from tanren.plan.make import make_plan
     from tanren.report import terminal
+    from tanren.report.plan import print_plan
 
     order = _order(recipe, variant, name, set_, runtime, bind, site, nodes, hours, type_,
                    reservation, parts=parts)  # fmt: skip
@@ -175,7 +178,7 @@ def plan(
         text = queue.script(cut[0][1].folder, place, request.task)
         scripts.insert(0, (f"job script for {place.site.scheduler}, part 1 of {parts}", text))
     notes = fetching.notes(request.recipe, request.task)
-    terminal.print_plan(planned, state, place, notes, scripts, terminal.console(), parts or 0)
+    print_plan(planned, state, place, notes, scripts, terminal.console(), parts or 0)
     if refusal is not None:
         raise refusal
 
@@ -281,6 +284,67 @@ def tokenize(
                  f"   ({made.empty:,} empty, {made.skipped:,} lines passed over)")  # fmt: skip
 
 
+@app.command(epilog="Example: bin/tanren show sft tiny --n 3")
+def show(
+    stage: Annotated[str, typer.Argument(metavar="sft|dpo")],
+    task: Annotated[str, typer.Argument(metavar="TASK", help="a folder in recipes, or its path")],
+    n: Annotated[int, typer.Option("--n", min=1, help="examples of each data set")] = 3,
+    variant: Variant = None, name: Name = None, set_: Sets = None, runtime: Runtime = None,
+    bind: Binds = None,
+) -> None:  # fmt: skip
+    """Examples as the model is trained on them, with what the loss is on marked."""
+    import orjson
+
+    from tanren.config.errors import RequestError
+    from tanren.config.load import repository
+    from tanren.launch import fetching, submit, tools
+    from tanren.plan.make import make_plan
+    from tanren.plan.plan import TuningPlan
+    from tanren.report import conversation, terminal
+
+    folder = Path(task) if Path(task).is_dir() else repository() / "recipes" / task
+    order = _order(folder / f"{stage}.yaml", variant, name, set_, runtime, bind, "local", None,
+                   None, None, None)  # fmt: skip
+    request = submit.read_request(order)
+    planned = make_plan(request)
+    if not isinstance(planned, TuningPlan):
+        raise RequestError(f"show {stage}", "shows no conversations", "tanren show sft|dpo TASK")
+    submit.refuse_given(order, request.recipe)
+    if planned.tokenizer is None:
+        submit.refuse_missing(order, request)
+    screen = terminal.console()
+    fetching.fetch_missing(request.recipe, lambda: terminal.fetching(screen), screen.print)
+    given = planned.model_dump_json().encode()
+    for line in tools.output_of(order, "tanren.stages.show", [str(n)], given).splitlines():
+        one = orjson.loads(line)
+        conversation.print_example(
+            one["title"], one["pieces"], screen, tokens=one["tokens"], trained=one["trained"]
+        )
+
+
+@app.command(epilog="Example: bin/tanren generate recipes/tiny/sft.yaml --prompt 'What is a list?'")
+def generate(
+    recipe: RecipeFile,
+    prompt: Annotated[str, typer.Option("--prompt", help="what a person asks")],
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="of the answer, at most")] = 200,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    variant: Variant = None, name: Name = None, runtime: Runtime = None, bind: Binds = None,
+) -> None:  # fmt: skip
+    """What the newest export of a run answers, or how it goes on from a text (midtrain)."""
+    from tanren.config.errors import RequestError
+    from tanren.launch import tools
+    from tanren.report import terminal
+
+    if not prompt:
+        raise RequestError("--prompt", "is empty", 'make generate STAGE=sft PROMPT="..."')
+    order = _order(recipe, variant, name, None, runtime, bind, "local", None, None, None, None)
+    stage = order.recipe_file.stem
+    words = [str(tools.newest_export(order)), prompt, "--tokens", str(tokens), "--seed", str(seed)]
+    words += [] if stage == "midtrain" else ["--chat"]
+    answer = tools.output_of(order, "tanren.stages.generate", words).decode()
+    terminal.console().print(answer.rstrip(), markup=False)
+
+
 image = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Container images.")
 app.add_typer(image, name="image")
 ImageName = Annotated[
@@ -380,12 +444,14 @@ def _run(order: Order, needs: bool, then: str | None) -> None:
     from tanren.plan.site import Wish
     from tanren.report import terminal
 
-    screen = terminal.console()
+    screen, stage = terminal.console(), order.recipe_file.stem
     jobs = _stage(order, needs, screen)
     if then is not None:
         recipe = order.recipe_file.with_name(f"{then}.yaml")
+        # An export's recipe says the midtraining's; of other stages it makes a folder of its own.
+        of = () if stage == "midtrain" else (f"of=stage:{stage}",)
         after = replace(
-            order, recipe_file=recipe, assignments=(), plain_if_absent=True, wish=Wish(), chain=1,
+            order, recipe_file=recipe, assignments=of, plain_if_absent=True, wish=Wish(), chain=1,
             parts=None, after=jobs[-1:],
         )  # fmt: skip
         _stage(after, False, screen)
@@ -398,7 +464,7 @@ def _stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
         the scheduler's jobs of the stage; none where it ran here or is done.
     """
     from tanren.launch import clusters, fetching, native, parts, submit
-    from tanren.plan.plan import make_plan
+    from tanren.plan.make import make_plan
     from tanren.report import terminal
 
     place = clusters.place_for(order)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tanren.config.schema import Checkpointing, Midtrain, Mix, Optimizer
+from tanren.config.data import Mix
+from tanren.config.training import Checkpointing, Midtrain, Optimizer
 from tanren.plan.mix import SourceCount, make_mixture
 from tanren.report.mix import as_json, print_mix
 from tests.conftest import REPOSITORY, Tanren

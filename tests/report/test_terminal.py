@@ -10,9 +10,10 @@ from rich.console import Console
 
 from tanren import runs
 from tanren.data.fetch import Progress
+from tanren.plan.make import make_plan
 from tanren.plan.paths import RunFolder
-from tanren.plan.plan import make_plan
 from tanren.report import terminal
+from tanren.report.plan import print_plan
 from tests.plan.test_plan import midtrain, request
 
 
@@ -106,7 +107,7 @@ def rows(stage: str, *sets: str) -> list[str]:
     """The lines of a plan, with one space between name and value."""
     text = io.StringIO()
     plan = make_plan(request(stage, *sets))
-    terminal.print_plan(plan, "new", None, [], [], Console(file=text, soft_wrap=True))
+    print_plan(plan, "new", None, [], [], Console(file=text, soft_wrap=True))
     return [" ".join(line.split()) for line in text.getvalue().splitlines()]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import orjson
 from rich.console import Console
 
-from tanren.config.schema import Midtrain
+from tanren.config.training import Midtrain
 from tanren.plan.mix import Mixture, SourceShare
 
 

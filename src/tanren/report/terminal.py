@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,20 +24,18 @@ from rich.progress import (
 )
 
 from tanren import runs
-from tanren.config.schema import Preprocess, Source
 from tanren.data.fetch import Progress as Fetching
 from tanren.data.fetch import Report
 from tanren.images.lock import Lock
 from tanren.launch.clusters import Row
 from tanren.launch.submit import shown
-from tanren.plan.batch import Batch
-from tanren.plan.cost import explained
 from tanren.plan.paths import RunFolder
-from tanren.plan.plan import ConvertPlan, ExportPlan, Launch, MidtrainPlan, Plan
-from tanren.plan.site import Place
-from tanren.report.mix import print_mix
+from tanren.plan.plan import ConvertPlan, ExportPlan, Plan, TrainingPlan
+from tanren.report.conversation import print_sets
 
 PLAIN_SECONDS = 10.0
+# What of the held-out metrics a summary shows, and how it calls them.
+HELD_OUT = {"loss": "held out", "accuracy": "accuracy", "margin": "margin"}
 
 
 class Tail:
@@ -88,7 +85,7 @@ class Watcher:
     def __init__(self, plan: Plan, folder: RunFolder, attempt: int, console: Console) -> None:
         self.plan, self.console = plan, console
         self.tail = Tail(folder.metrics)
-        self.total = plan.batch.steps if isinstance(plan, MidtrainPlan) else None
+        self.total = runs.total_steps(plan)
         self.step, self.text, self.printed, self.last_plain = 0, "", "", time.monotonic()
         self.step_seconds: list[float] = []
         self.bar: Progress | None = None
@@ -112,7 +109,10 @@ class Watcher:
         for line in self.tail.read():
             self._take(line)
         if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=self.step, description=self.text or "starting")
+            self.bar.update(
+                self.task, total=self.total, completed=self.step,
+                description=self.text or "starting",
+            )  # fmt: skip
         elif self.text != self.printed and time.monotonic() - self.last_plain > PLAIN_SECONDS:
             self.last_plain, self.printed = time.monotonic(), self.text
             self.console.print(f"  {self.text}", highlight=False)
@@ -124,6 +124,9 @@ class Watcher:
             self.bar = None
 
     def _take(self, line: dict[str, float]) -> None:
+        if "loss" in line:
+            # What sft and dpo read is known once they have begun.
+            self.total = self.total or runs.total_steps(self.plan)
         if "loss" in line and self.total:
             self.step = int(line["step"])
             self.step_seconds = [*self.step_seconds[-49:], line["seconds"]]
@@ -173,7 +176,7 @@ def summary(plan: Plan, screen: Console) -> None:
         screen.print(
             f"  {plan.model.parameters / 1e6:,.1f} M parameters from {shown(result['hf'])}"
         )
-    elif isinstance(plan, MidtrainPlan):
+    elif isinstance(plan, TrainingPlan):
         _training_summary(plan, result, screen)
     elif isinstance(plan, ExportPlan):
         screen.print(f"  model      [bold]{shown(result['hf'])}[/]")
@@ -183,125 +186,23 @@ def summary(plan: Plan, screen: Console) -> None:
             screen.print(text, markup=False)
 
 
-def _training_summary(plan: MidtrainPlan, result: dict[str, Any], screen: Console) -> None:
+def _training_summary(plan: TrainingPlan, result: dict[str, Any], screen: Console) -> None:
     first, last = result["loss"]
+    steps = runs.curve(plan.folder.metrics, "tokens")
     rates = runs.curve(plan.folder.metrics, "tokens_per_second")
     # Steady state: the first steps warm up.
     steady = sorted(rates[step] for step in list(rates)[min(5, len(rates) - 1) :])
-    screen.print(f"  loss       {first:.3f} → [bold]{last:.3f}[/]   ({plan.batch.steps} steps, "
-                 f"{plan.batch.tokens:,} tokens)")  # fmt: skip
-    if result["held_out_loss"]:
-        before, after = result["held_out_loss"]
-        screen.print(f"  held out   {before:.3f} → [bold]{after:.3f}[/]")
+    screen.print(f"  loss       {first:.3f} → [bold]{last:.3f}[/]   ({result['iteration']} steps, "
+                 f"{int(max(steps.values())):,} tokens)")  # fmt: skip
+    for name, (before, after) in result["held_out"].items():
+        if name in HELD_OUT:
+            screen.print(f"  {HELD_OUT[name]:<10} {before:.3f} → [bold]{after:.3f}[/]")
+    laid_out = runs.read_json(plan.folder.examples)
+    if laid_out:
+        print_sets(laid_out["sets"], screen)
     if steady:
         screen.print(f"  speed      {steady[len(steady) // 2]:,.0f} tokens/s (median step)")
     screen.print(f"  checkpoint {shown(plan.folder.checkpoint(int(result['iteration'])))}")
-
-
-def print_plan(
-    plan: Plan, state: str, place: Place | None, notes: list[str],
-    scripts: list[tuple[str, str]], screen: Console, parts: int = 0,
-) -> None:  # fmt: skip
-    """The plan as a person reads it, and the scripts that would run.
-
-    Args:
-        parts: jobs that make its parts, besides the one that joins them.
-    """
-    variant = f" variant {plan.variant}" if plan.variant else ""
-    rows = [
-        ("run folder", shown(plan.run)),
-        ("state", state),
-        ("recipe", shown(plan.recipe_file) + variant),
-    ]
-    if isinstance(plan, MidtrainPlan):
-        rows += _midtrain_rows(plan, plan.batch)
-    elif isinstance(plan, ConvertPlan):
-        rows.append(("base", plan.recipe.source))
-        rows.append(("parameters", f"{plan.model.parameters:,}"))
-    elif isinstance(plan, ExportPlan):
-        rows.append(("checkpoint", f"{shown(plan.source)}, iteration {plan.iteration}"))
-    else:
-        rows += _preprocess_rows(plan.recipe)
-    launch = plan.launch
-    if place is None:
-        rows.append(("processes", f"{launch.processes} on this machine ({launch.device})"))
-    else:
-        rows += _place_rows(place, launch, parts)
-        hours = plan.hours[0] if isinstance(plan, MidtrainPlan) and plan.hours else 0.0
-        trains = place.hours - place.save_seconds / 3600
-        if hours > trains:
-            longer = ", or more HOURS=" if place.hours < place.type.walltime_hours else ""
-            rows.append(("too short", f"the run takes about {hours:.1f} hours: "
-                         f"CHAIN={-(-hours // trains):.0f}{longer}"))  # fmt: skip
-    rows += [("note", note) for note in notes]
-    width = max(len(name) for name, _ in rows) + 2
-    for name, value in rows:
-        # Whole lines: a path that is cut cannot be copied.
-        screen.print(f"{name:<{width}}{value}", markup=False)
-    if isinstance(plan, MidtrainPlan) and plan.mix is not None:
-        print_mix(plan.mix, plan.recipe, screen, by_glob=True)
-    for title, script in scripts:
-        screen.print(title, style="bold")
-        screen.print(script.rstrip(), markup=False, style="dim")
-
-
-def _preprocess_rows(recipe: Preprocess) -> list[tuple[str, str]]:
-    """Tokenizer and sources; what several sources take from is said once, above them."""
-    tokenizer = recipe.tokenizer
-    trained = f"trained, {tokenizer.train.vocabulary_size:,} pieces" if tokenizer.train else ""
-    rows = [
-        ("tokenizer", f"hf:{tokenizer.hf}" if tokenizer.hf else tokenizer.path or trained),
-        ("documents", f"beginning of sequence {'added' if recipe.prepend_bos else 'not added'}, "
-         f"end {'added' if recipe.append_eod else 'not added'}"),
-    ]  # fmt: skip
-    shared = {hf for hf, times in Counter(s.hf for s in recipe.sources).items() if times > 1}
-    above = None
-    for source in recipe.sources:
-        together = source.hf is not None and source.hf in shared
-        if together and source.hf != above:
-            rows.append(("from", f"hf:{source.hf}"))
-        above = source.hf
-        rows.append(
-            (f"source {source.name}", " ".join(source.files) if together else _origin(source))
-        )
-    return rows
-
-
-def _origin(source: Source) -> str:
-    if source.hf is not None:
-        return f"hf:{source.hf} {' '.join(source.files)}"
-    return source.path or f"Python's {source.python_documentation}"
-
-
-def _place_rows(place: Place, launch: Launch, parts: int) -> list[tuple[str, str]]:
-    hours = _number(place.hours, "hour")
-    jobs = parts + 1
-    points = (
-        f"; {_number(jobs * place.points, 'point')} for the whole time "
-        f"({place.type.points_per_hour:g} a node and hour, the site's file)"
-        if place.points is not None
-        else ""
-    )
-    group = f", group {place.group}" if place.group else ""
-    row = (
-        "job",
-        f"{place.nodes} x {place.type_name} on {place.title} for at most {hours}{group}",
-    )
-    if parts:
-        row = (
-            "jobs",
-            f"{parts} + 1, each {row[1]}: {parts} make their parts of the shards, one joins them",
-        )
-    return [
-        row,
-        ("cost", f"{jobs * place.nodes * place.hours:,.1f} node-hours{points}"),
-        ("processes", f"{launch.processes} on {_number(launch.nodes, 'node')} ({launch.device})"),
-    ]
-
-
-def _number(count: float, thing: str) -> str:
-    """`1 hour`, `1.5 hours`, `28,800 points`."""
-    return f"{count:,.10g} {thing}{'' if count == 1 else 's'}"
 
 
 def print_status(rows: list[Row], screen: Console) -> None:
@@ -329,73 +230,6 @@ def print_status(rows: list[Row], screen: Console) -> None:
         # Whole lines in a pipe; what does not fit a terminal is the log, which is at the end.
         shown_line = line[: screen.width] if screen.is_terminal else line
         screen.print(shown_line.rstrip(), style=None if number else "bold", markup=False)
-
-
-def _midtrain_rows(plan: MidtrainPlan, batch: Batch) -> list[tuple[str, str]]:
-    recipe, layout, schedule = plan.recipe, plan.recipe.layout, plan.recipe.schedule
-    fp8 = f", fp8 {recipe.fp8}" if recipe.fp8 != "none" else ""
-    lr, min_lr = recipe.optimizer.lr, recipe.optimizer.min_lr
-    decay = ""
-    if schedule.decay_steps:
-        decay = (
-            f", {schedule.decay_style} over the last {schedule.decay_steps}"
-            if schedule.style == "WSD"
-            else f" over {schedule.decay_steps} steps"
-        )
-    operations = plan.model.flops_per_token(recipe.sequence_length) * batch.tokens
-    rows = [
-        ("starts from", plan.start),
-        ("model", f"{recipe.model}: {plan.model.parameters:,} parameters, {plan.precision}{fp8}"),
-        ("steps", f"{batch.steps:,} x {batch.tokens_per_step:,} tokens = {batch.tokens:,} tokens"),
-        (
-            "batch",
-            f"{recipe.global_batch} = data parallel {batch.data_parallel} x micro batch "
-            f"{batch.micro_batch} x accumulation {batch.accumulation}",
-        ),
-        (
-            "layout",
-            f"tensor {layout.tensor}, pipeline {layout.pipeline}, context {layout.context}, "
-            f"data {batch.data_parallel}, recompute {layout.recompute}",
-        ),
-        (
-            "learning rate",
-            (f"{lr:g}" if schedule.style == "constant" else f"{lr:g} → {min_lr:g}")
-            + f", {schedule.style}{decay}, warm-up {schedule.warmup_steps}",
-        ),
-        ("work", f"{operations:.3g} FLOP (causal half of attention counted once)"),
-    ]
-    if plan.memory is not None and plan.gpu_memory_gib is not None:
-        rows.append(
-            (
-                "memory",
-                f"{plan.memory.total:.0f} of {plan.gpu_memory_gib:.0f} GiB a GPU "
-                f"({explained(plan.memory)})",
-            )
-        )
-    keep = recipe.checkpoints.keep_last
-    rows.append(
-        (
-            "disk",
-            f"{(keep + 1) * plan.checkpoint_gib:,.2f} GiB: {keep} checkpoints and one being "
-            f"written, {plan.checkpoint_gib:,.2f} each",
-        )
-    )
-    if plan.hours is not None:
-        hours, assumption = plan.hours
-        rows.append(
-            (
-                "time",
-                f"{hours:,.1f} hours {assumption}"
-                if hours >= 10
-                else f"{hours:.2g} hours {assumption}",
-            )
-        )
-    if plan.data_start:
-        rows.append(("data", f"the present mix begins at iteration {plan.data_start:,}"))
-    rows += [("note", note) for note in plan.notes]
-    if plan.mix is None:
-        rows.append(("mix", "tokens and epochs are known once preprocess has run"))
-    return rows
 
 
 @contextmanager
