@@ -7,7 +7,9 @@ import re
 import pytest
 from pydantic import BaseModel
 
-from tanren.config.schema import STAGES, Model, Site, User
+from tanren.config.model import Model
+from tanren.config.schema import STAGES
+from tanren.config.site import Site, User
 from tests.conftest import REPOSITORY
 
 MAKEFILE = (REPOSITORY / "Makefile").read_text()

@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from tanren.config.data import Preprocess
 from tanren.config.errors import RequestError
 from tanren.config.load import read_recipe, read_user, sites
-from tanren.config.schema import Midtrain, Preprocess
+from tanren.config.training import Midtrain
 from tanren.data import hub
 from tanren.launch import fetching, inputs, queue, submit
 from tanren.launch.mix import compile_mix
 from tanren.launch.submit import Order
-from tanren.plan.plan import MidtrainPlan, Plan, make_plan
+from tanren.plan.make import make_plan
+from tanren.plan.plan import MidtrainPlan, Plan, TrainingPlan
 from tanren.plan.site import Wish
-from tanren.report.terminal import print_plan
+from tanren.report.plan import print_plan
 from tests.conftest import REPOSITORY
 
 ROOT = REPOSITORY / "recipes"
@@ -37,6 +39,8 @@ PLANNED = [path for path in FILES if path.stem.startswith("midtrain")
 REFUSED = {
     # Weights, gradients and the optimizer of 8.59 B over four GPUs of 94 GB: recompute, or 2 nodes.
     ("llmjp4-8b/midtrain", "tsubame4"): "needs about 92 GiB a GPU",
+    ("llmjp4-8b/sft", "tsubame4"): "needs about 92 GiB a GPU",
+    ("llmjp4-8b/dpo", "tsubame4"): "needs about 111 GiB a GPU",
     ("v4-dolmino/midtrain", "tsubame4"): "needs about 117 GiB a GPU",
     ("v4-dolmino/midtrain.50B", "tsubame4"): "needs about 117 GiB a GPU",
     # Longer than one job may take there: HOURS=24 and CHAIN=.
@@ -53,6 +57,10 @@ REFUSED = {
 HELPED = [
     ("llmjp4-8b/midtrain", "tsubame4", ("layout.recompute=full",), Wish()),
     ("llmjp4-8b/midtrain", "tsubame4", (), Wish(nodes=2)),
+    ("llmjp4-8b/sft", "tsubame4", ("layout.recompute=full",), Wish()),
+    ("llmjp4-8b/sft", "tsubame4", (), Wish(nodes=2)),
+    ("llmjp4-8b/dpo", "tsubame4", ("layout.recompute=full",), Wish()),
+    ("llmjp4-8b/dpo", "tsubame4", ("lora={rank: 32}",), Wish()),
     ("v4-dolmino/midtrain.50B", "tsubame4", ("micro_batch=1",), Wish()),
     ("v4-dolmino/midtrain.300B", "tsubame4", ("micro_batch=1",), Wish(hours=24)),
     ("v4-megamath/midtrain", "tsubame4", (), Wish(hours=24)),
@@ -95,6 +103,20 @@ def midtrain(name: str, site: str = "abci3", *sets: str, wish: Wish | None = Non
     return plan
 
 
+def without_ones_own(path: Path, tmp_path: Path) -> Path:
+    """A copy of a recipe without the text and the tokenizer that a user may have put beside it.
+
+    There are conversations, which a plan does not read.
+    """
+    folder = tmp_path / path.parent.name
+    own = shutil.ignore_patterns("text", "tokenizer", "sft", "dpo")
+    shutil.copytree(path.parent, folder, ignore=own)
+    for stage in ("sft", "dpo"):
+        (folder / stage).mkdir()
+        (folder / stage / "one.jsonl").write_text("{}\n")
+    return folder / path.name
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_a_recipe_is_read_and_is_a_program(path: Path) -> None:
     stage, _ = read_recipe(path, None, [])
@@ -126,15 +148,13 @@ def test_a_task_has_the_stages_of_its_road(task: Path) -> None:
 def test_a_recipe_plans_on_a_site_or_is_refused_for_a_good_reason(
     tmp_path: Path, path: Path, site: str
 ) -> None:
-    # Without the text and the tokenizer that a user may have put beside it.
-    folder = tmp_path / path.parent.name
-    shutil.copytree(path.parent, folder, ignore=shutil.ignore_patterns("text", "tokenizer"))
+    there = without_ones_own(path, tmp_path)
     reason = REFUSED.get((name_of(path), site))
     if reason is None:
-        assert planned(folder / path.name, site).folder.root.parent.name == folder.name
+        assert planned(there, site).folder.root.parent.name == path.parent.name
         return
     with pytest.raises(RequestError) as refused:
-        planned(folder / path.name, site)
+        planned(there, site)
     assert reason in refused.value.text()
     assert refused.value.next_step
 
@@ -145,10 +165,12 @@ def test_the_table_of_refusals_names_recipes() -> None:
 
 @pytest.mark.parametrize(("name", "site", "sets", "wish"), HELPED)
 def test_what_is_refused_plans_with_what_it_needs(
-    name: str, site: str, sets: tuple[str, ...], wish: Wish
+    tmp_path: Path, name: str, site: str, sets: tuple[str, ...], wish: Wish
 ) -> None:
     assert (name, site) in REFUSED
-    assert midtrain(name, site, *sets, wish=wish).memory is not None
+    plan = planned(without_ones_own(ROOT / f"{name}.yaml", tmp_path), site, *sets, wish=wish)
+    assert isinstance(plan, TrainingPlan)
+    assert plan.memory is not None
 
 
 @pytest.mark.parametrize("task", ["swallow-8b", "tanuki-8b"])
