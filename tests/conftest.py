@@ -29,6 +29,22 @@ SHORT = (
     "precision=fp32",
 )  # fmt: skip
 
+# Sixty conversations and eighty preferences, about the order of numbers.
+CHATS = REPOSITORY / "tests" / "stages" / "chats"
+# A little more than an epoch of each.
+_SHORT_TUNING = (
+    "steps=6", "schedule.warmup_steps=1", "checkpoints.every_steps=2", "checkpoints.keep_last=9",
+    "evaluation.every_steps=3", "precision=fp32", "micro_batch=2",
+)  # fmt: skip
+SHORT_SFT = (
+    *_SHORT_TUNING, f"datasets=[{{name: questions, path: {CHATS}/questions.jsonl}}]",
+    "sequence_length=128", "global_batch=4", "schedule.constant_steps=1",
+)  # fmt: skip
+SHORT_DPO = (
+    *_SHORT_TUNING, f"datasets=[{{name: answers, path: {CHATS}/answers.jsonl}}]",
+    "sequence_length=96", "global_batch=15",
+)  # fmt: skip
+
 
 def pytest_xdist_auto_num_workers() -> int:
     """Three for two cores: a third of the time tests wait for processes that they started."""
@@ -80,6 +96,12 @@ class Tanren:
         return self(
             "midtrain", str(RECIPES / "midtrain.yaml"), *words, sets=(*SHORT, *sets), **options
         )
+
+    def sft(self, *words: str, sets: tuple[str, ...] = ()) -> Finished:
+        return self("sft", str(RECIPES / "sft.yaml"), *words, sets=(*SHORT_SFT, *sets))
+
+    def dpo(self, *words: str, sets: tuple[str, ...] = ()) -> Finished:
+        return self("dpo", str(RECIPES / "dpo.yaml"), *words, sets=(*SHORT_DPO, *sets))
 
     def folder(self, name: str = "midtrain") -> Path:
         return self.runs / "tiny" / name
@@ -146,6 +168,21 @@ def once_trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return _made_once(tmp_path_factory, "once-trained", make)
 
 
+@pytest.fixture(scope="session")
+def once_tuned(once_trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """runs/ with a short sft of the short training besides, exported, and a short dpo of that.
+
+    Each of one process, with its checkpoints 2, 4 and 6.
+    """
+
+    def make(tanren: Tanren) -> None:
+        shutil.copytree(once_trained / "tiny", tanren.runs / "tiny", symlinks=True)
+        for done in (tanren.sft("--then", "export"), tanren.dpo()):
+            assert done.code == 0, done.text
+
+    return _made_once(tmp_path_factory, "once-tuned", make)
+
+
 @pytest.fixture
 def tanren(prepared: Path, tmp_path: Path) -> Tanren:
     """A command whose runs folder already holds preprocess and convert."""
@@ -188,9 +225,9 @@ def trained(once_trained: Path, tmp_path: Path) -> Tanren:
     return Tanren(tmp_path / "runs")
 
 
-def set_back(tanren: Tanren, iteration: int) -> RunFolder:
+def set_back(tanren: Tanren, iteration: int, run: str = "midtrain") -> RunFolder:
     """Leave of a training what a kill after this checkpoint leaves."""
-    folder = RunFolder(tanren.folder())
+    folder = RunFolder(tanren.folder(run))
     folder.done.unlink()
     for later in runs.iterations(folder):
         if later > iteration:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tanren.config.schema import Optimizer, Schedule
+from tanren.config.training import Optimizer, Schedule
 from tanren.engine.cpu import FusedAdam
 from tanren.engine.optimizer import build_schedule
 
@@ -51,6 +51,10 @@ STYLES: dict[str, tuple[Schedule, Callable[[int], float]]] = {
     ),
     "cosine, shorter than the run": (
         Schedule(style="cosine", warmup_steps=WARMUP, decay_steps=DECAY),
+        lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, (step - WARMUP) / DECAY))),
+    ),
+    "cosine, constant at the end": (
+        Schedule(style="cosine", warmup_steps=WARMUP, constant_steps=STEPS - WARMUP - DECAY),
         lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, (step - WARMUP) / DECAY))),
     ),
     "WSD minus_sqrt": (

@@ -46,7 +46,7 @@ def test_new_data_are_asked_for_and_begin_where_the_run_goes_on(trained: Tanren)
     # What was held out before was of other data.
     measured = runs.curve(folder.metrics, "held_out_loss")
     assert sorted(measured) == [0, 3, 8]
-    assert runs.read_json(folder.done)["held_out_loss"] == [measured[3], measured[8]]
+    assert runs.read_json(folder.done)["held_out"]["loss"] == [measured[3], measured[8]]
 
     # The first batch of the new mix, whichever iteration it is read in.
     begun_there = tanren.midtrain(
