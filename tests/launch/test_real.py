@@ -244,7 +244,7 @@ def test_a_rank_that_dies_ends_the_job_of_both_hosts(pair: Cluster) -> None:
     assert workers
     for worker in workers:
         worker.kill()
-    wait_for(lambda: pair.state("midtrain") != "running", 60)
+    wait_for(lambda: pair.state("midtrain") != "running", 120)
     assert pair.state("midtrain") in ("failed", "unfinished")
     assert "exitcode  : -9" in folder.log(1).read_text() or "Signal 9" in folder.log(1).read_text()
 
