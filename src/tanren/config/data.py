@@ -6,6 +6,7 @@ import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from tanren.config.fields import (
     SOURCE_NAME,
@@ -38,7 +39,27 @@ class Tokenizer(Strict):
         return self
 
 
-class Source(Strict):
+class Collection(Strict):
+    """A named collection of files, or of what every Python carries, in place of them."""
+
+    name: Annotated[str, Field(pattern=SOURCE_NAME)]
+    path: str | None = None
+    hf: HubReference | None = None
+    files: tuple[str, ...] = ()
+    python_documentation: Literal["topics", "docstrings"] | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if [self.path, self.hf, self.python_documentation].count(None) != 2:
+            raise ValueError("state exactly one of path, hf, python_documentation")
+        if (self.hf is None) == bool(self.files):
+            raise ValueError(
+                'hf needs files, and files need hf: files: ["data/*.jsonl"] names files of the hub'
+            )
+        return self
+
+
+class Source(Collection):
     """A named collection of documents.
 
     `path` is a file, a glob (`**` goes into folders) or a folder: .jsonl or .json (one object a
@@ -48,22 +69,7 @@ class Source(Strict):
     (`topics`), or the docstrings of the standard library (`docstrings`).
     """
 
-    name: Annotated[str, Field(pattern=SOURCE_NAME)]
-    path: str | None = None
-    hf: HubReference | None = None
-    files: tuple[str, ...] = ()
-    python_documentation: Literal["topics", "docstrings"] | None = None
     text_key: str = "text"
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Source:
-        if [self.path, self.hf, self.python_documentation].count(None) != 2:
-            raise ValueError("state exactly one of path, hf, python_documentation")
-        if (self.hf is None) == bool(self.files):
-            raise ValueError(
-                'hf needs files, and files need hf: files: ["data/*.jsonl"] names files of the hub'
-            )
-        return self
 
 
 class Preprocess(Strict):
@@ -116,7 +122,7 @@ class Mix(Strict):
         return self
 
 
-class ChatSet(Strict):
+class ChatSet(Collection):
     """A set of conversations (sft) or of preferences (dpo): one a line.
 
     `path` is a file, a glob (`**` goes into folders) or a folder: .jsonl or .json (one object a
@@ -129,21 +135,7 @@ class ChatSet(Strict):
     others are read `upsampling` times an epoch.
     """
 
-    name: Annotated[str, Field(pattern=SOURCE_NAME)]
-    path: str | None = None
-    hf: HubReference | None = None
-    files: tuple[str, ...] = ()
     python_documentation: Literal["docstrings"] | None = None
     max_samples: NonNegative | None = None
     split_dev: bool = True
     upsampling: Annotated[float, Field(ge=1)] = 1.0
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> ChatSet:
-        if [self.path, self.hf, self.python_documentation].count(None) != 2:
-            raise ValueError("state exactly one of path, hf, python_documentation")
-        if (self.hf is None) == bool(self.files):
-            raise ValueError(
-                'hf needs files, and files need hf: files: ["data/*.jsonl"] names files of the hub'
-            )
-        return self

@@ -61,7 +61,7 @@ class Preference:
 
 def files_of_set(chat_set: ChatSet) -> list[Path]:
     """The files of a set in the order in which they are read; none of Python's documentation."""
-    return files_of(_source(chat_set))
+    return files_of(chat_set)
 
 
 def place(chat_set: ChatSet, files: list[Path], file: int, row: int) -> str:

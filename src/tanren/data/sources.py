@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
-from tanren.config.data import ChatSet, Source
+from tanren.config.data import Collection
 from tanren.config.errors import RequestError
 from tanren.data import hub
 
@@ -16,14 +16,14 @@ KINDS = {
 }  # fmt: skip
 
 
-def wanted_of(source: Source | ChatSet) -> hub.Wanted | None:
+def wanted_of(source: Collection) -> hub.Wanted | None:
     """What a source takes from the hub; None where it has a path or no files at all."""
     if source.hf is None:
         return None
     return hub.Wanted(hub.parse(source.hf, "dataset"), source.files)
 
 
-def files_of(source: Source | ChatSet) -> list[Path]:
+def files_of(source: Collection) -> list[Path]:
     """The files that a source's globs match, sorted by path, with those below matched folders.
 
     Args:
@@ -46,7 +46,7 @@ def files_of(source: Source | ChatSet) -> list[Path]:
     return sorted({file for path in matched for file in _files_below(path, source)})
 
 
-def _files_below(path: Path, source: Source | ChatSet) -> list[Path]:
+def _files_below(path: Path, source: Collection) -> list[Path]:
     if path.is_file():
         return [path]
     files = [p for p in path.rglob("*") if p.suffix.lower() in KINDS and p.is_file()]

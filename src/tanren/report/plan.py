@@ -6,7 +6,7 @@ from collections import Counter
 
 from rich.console import Console
 
-from tanren.config.data import ChatSet, Preprocess, Source
+from tanren.config.data import Collection, Preprocess
 from tanren.config.training import Dpo, Sft, Training
 from tanren.launch.submit import shown
 from tanren.plan.cost import explained
@@ -93,7 +93,7 @@ def _preprocess_rows(recipe: Preprocess) -> list[tuple[str, str]]:
     return rows
 
 
-def _origin(source: Source | ChatSet) -> str:
+def _origin(source: Collection) -> str:
     if source.hf is not None:
         return f"hf:{source.hf} {' '.join(source.files)}"
     return source.path or f"Python's {source.python_documentation}"
