@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from math import ceil
 from typing import Any
 
@@ -28,13 +29,11 @@ class _Rows(Dataset[Numbers]):
 
     def __init__(self, rows: Callable[[int], list[Numbers]]) -> None:
         self.rows = rows
-        self.step, self.known = -1, [np.empty(0, dtype=np.int64)]
 
     def __getitem__(self, key: tuple[int, int]) -> Numbers:
         step, row = key
-        if step != self.step:
-            self.step, self.known = step, self.rows(step)
-        return self.known[row] if row < len(self.known) else np.empty(0, dtype=np.int64)
+        known = self.rows(step)
+        return known[row] if row < len(known) else np.empty(0, dtype=np.int64)
 
 
 class RowFeed:
@@ -53,6 +52,8 @@ class RowFeed:
         self.rows, self.collate, self.model = rows, collate, model
         self.micro_batch, self.device = micro_batch, device
         self.lengths, self.trained = lengths, trained
+        # The sampler, the loop, the dataset and the count of tokens ask for the same steps.
+        self._rows_of = lru_cache(maxsize=8)(rows.rows)
         self._work = [Work(0, 0.0)]
 
     @property
@@ -62,7 +63,7 @@ class RowFeed:
     def batches(self, first: int, last: int, *, workers: int) -> Iterator[Batch]:
         """Packed micro batches; see `packing.collate`."""
         batches = loader(
-            _Rows(self.rows.rows), self._keys(first, last),
+            _Rows(self._rows_of), self._keys(first, last),
             workers=workers, device=self.device, collate=self.collate,
         )  # fmt: skip
         for batch in batches:
@@ -70,11 +71,11 @@ class RowFeed:
 
     def accumulation(self, iteration: int) -> int:
         a_round: int = self.micro_batch * parallel_state.get_data_parallel_world_size()
-        return ceil(len(self.rows.rows(iteration)) / a_round)
+        return ceil(len(self._rows_of(iteration)) / a_round)
 
     def work(self, iteration: int) -> Work:
         while len(self._work) <= iteration:
-            examples = np.concatenate(self.rows.rows(len(self._work) - 1))
+            examples = np.concatenate(self._rows_of(len(self._work) - 1))
             lengths = self.lengths[examples]
             flops = self.model.flops(
                 int(lengths.sum()), int((lengths**2).sum()), int(self.trained[examples].sum())
