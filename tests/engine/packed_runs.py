@@ -152,15 +152,23 @@ class SegmentsOnly(torch.nn.Module):
         return torch.cat(seen).flatten(1)
 
 
-def step(shape: Model, layout: Layout, folder: Path, *, thd: bool = False) -> Found:
-    """One global batch as the training loop takes it: losses, report, this rank's gradients."""
+def step(
+    shape: Model, layout: Layout, folder: Path, *, thd: bool = False, known: bool = True
+) -> Found:
+    """One global batch as the training loop takes it: losses, report, this rank's gradients.
+
+    Args:
+        known: tell the model beforehand what each loss counts, as SFT does, and DPO cannot.
+    """
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    from tanren.engine import head, packed
     from tanren.engine import model as models
-    from tanren.engine import packed
     from tanren.engine.loss import answer_loss
 
+    # The 29 positions of the first micro batch in eight parts.
+    head.CHUNK = 4
     bare = model_of(shape, layout, folder)
     shape_of_batch = packed.schedule_shape(ROWS, WIDTH)
     if thd:
@@ -174,7 +182,7 @@ def step(shape: Model, layout: Layout, folder: Path, *, thd: bool = False) -> Fo
 
     def forward_step(data: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
         batch = next(data)
-        output = packed.packed_forward(batch, model)
+        output = packed.packed_forward(batch, model, batch["weights"] if known else None)
         losses.append(output.detach().clone())
         return output, partial(answer_loss, batch["weights"])
 
@@ -270,6 +278,7 @@ def single(_: int, folder: Path) -> None:
             layout = Layout(recompute=recompute)
             found[f"rows, {recompute}"] = step(shape, layout, folder / name)
             found[f"thd, {recompute}"] = step(shape, layout, folder / name, thd=True)
+        found["rows, unknown"] = step(shape, Layout(), folder / name, known=False)
         torch.save(found, folder / name / "single.pt")
     base = folder / "untied"
     torch.save((examples_apart(base), empty(base), in_bf16(base)), folder / "more.pt")
@@ -286,5 +295,6 @@ def pair(rank: int, folder: Path) -> None:
         for word, layout in LAYOUTS.items():
             start(layout)
             found[word] = step(shape, layout, folder / name)
+            found[f"{word}, unknown"] = step(shape, layout, folder / name, known=False)
         torch.save(found, folder / name / f"{rank}.pt")
     dist.destroy_process_group()

@@ -17,7 +17,7 @@ from tanren.engine.packed import block_mask
 from tests.conftest import Tanren, _made_once
 from tests.engine.packed_runs import LAYOUTS, SHAPES, pair, single, texts
 
-ALONE = ["one by one", *(f"{kind}, {recompute}" for kind in ("rows", "thd")
+ALONE = ["one by one", "rows, unknown", *(f"{kind}, {recompute}" for kind in ("rows", "thd")
                          for recompute in ("none", "selective", "full"))]  # fmt: skip
 
 
@@ -104,10 +104,13 @@ def test_packed_examples_have_the_losses_and_gradients_of_each_alone(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("weights", ["", ", unknown"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_processes_find_what_one_does(folder: Path, shape: str, layout: str) -> None:
+def test_two_processes_find_what_one_does(
+    folder: Path, shape: str, layout: str, weights: str
+) -> None:
     reference = read(folder / shape / "single.pt")["transformers"]
-    ranks = [read(folder / shape / f"{rank}.pt")[layout] for rank in range(2)]
+    ranks = [read(folder / shape / f"{rank}.pt")[layout + weights] for rank in range(2)]
     with_losses = ranks[1:] if layout == "pipeline" else ranks
     for found in with_losses:
         assert_same_losses(found["losses"][:2], by_micro_batch(reference["losses"]))

@@ -15,7 +15,7 @@ from megatron.core.transformer.module import Float16Module
 
 from tanren.config.model import Model
 from tanren.config.training import Layout, Lora
-from tanren.engine.loss import cross_entropy_and_log_z, hide_padding
+from tanren.engine.head import Head
 from tanren.engine.packed import block_mask, sequence_params
 
 FP8_RECIPES = {"tensorwise": "tensorwise", "delayed": "delayed", "blockwise": "blockwise"}
@@ -96,7 +96,7 @@ def _layers(config: TransformerConfig) -> Any:
 
 
 class Llama(GPTModel):
-    """GPTModel whose loss does not see the rows that only pad the vocabulary.
+    """GPTModel whose losses are made by `Head`, over the vocabulary without its padding.
 
     Args:
         z_loss: what log²Z of each token is weighed with; 0 leaves it out.
@@ -119,6 +119,8 @@ class Llama(GPTModel):
             rotary_base=shape.rotary_base,
         )
         self.shape, self.z_loss = shape, z_loss
+        if self.post_process:
+            Head.take_over(self.output_layer, shape.vocabulary_size, z_loss)
         # Transformer Engine's attention takes packed sequences (thd), the local one a mask.
         self.takes_sequences = torch.cuda.is_available()
         scaling = shape.rope_scaling
@@ -140,14 +142,21 @@ class Llama(GPTModel):
         attention_mask: torch.Tensor | None = None,
         *,
         packed: dict[str, torch.Tensor] | None = None,
+        loss_mask: torch.Tensor | None = None,
         **options: Any,
     ) -> torch.Tensor:
         """GPTModel's forward pass; or that of a packed micro batch, see `packed_forward`.
 
         Args:
             packed: the micro batch that the tokens are of.
+            loss_mask: of the losses' shape and in fp32, what each counts in the sum that is
+                differentiated: then nothing else may be. None where that is not known yet.
+        Returns:
+            with labels [batch, sequence], the cross-entropy in nats; with z-loss
+            [2, batch, sequence], cross-entropy and z-loss.
         """
         if packed is None:
+            options["loss_mask"] = loss_mask
             return super().forward(input_ids, position_ids, attention_mask, **options)
         assert self.config.context_parallel_size == 1
         assert not self.z_loss
@@ -173,51 +182,38 @@ class Llama(GPTModel):
             rotary_pos_emb=rotary,
             packed_seq_params=sequences,
         )
-        return self._losses_at(hidden, packed) if self.post_process else hidden
+        if not self.post_process:
+            return hidden
+        # Where it counts alone; the logits of the other positions are never made.
+        flat = self._whole(hidden).transpose(0, 1).flatten(0, 1)
+        chosen = flat.index_select(0, packed["positions"])
+        return self._losses(chosen, packed["targets"], loss_mask)[0]
 
-    def _losses_at(self, hidden: torch.Tensor, packed: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Cross-entropy where it counts; the logits of the other positions are never made.
+    def _postprocess(self, **given: Any) -> torch.Tensor:
+        """GPTModel's last step; with labels by `Head`."""
+        labels, loss_mask = given["labels"], given["loss_mask"]
+        if labels is None or not self.post_process:
+            return super()._postprocess(**given)
+        if loss_mask is not None:
+            loss_mask = loss_mask.T.flatten()
+        hidden = self._whole(given["hidden_states"])
+        losses = self._losses(hidden.flatten(0, 1), labels.T.flatten(), loss_mask)
+        batch_second = losses.view(-1, *labels.T.shape).transpose(1, 2)
+        return batch_second if self.z_loss else batch_second[0]
 
-        Args:
-            hidden: [sequence, batch, hidden]; the sequence is this rank's part of it with sequence
-                parallelism.
-        """
-        if self.config.sequence_parallel:
-            # Every rank goes on with all of it, alike, and so has the whole gradient again.
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        flat = hidden.transpose(0, 1).reshape(-1, hidden.size(-1))
-        rows = flat.index_select(0, packed["positions"])[:, None]
+    def _whole(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[sequence, batch, hidden], of whose sequence parallelism leaves a rank its part."""
+        if not self.config.sequence_parallel:
+            return hidden
+        return gather_from_sequence_parallel_region(hidden)
+
+    def _losses(
+        self, hidden: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `Head.forward`; the embedding's weight where it is tied."""
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
-        layer = self.output_layer
-        # What it would gather is whole; without the mark it adds up the ranks' input gradients.
-        marked, layer.sequence_parallel = layer.sequence_parallel, False
-        try:
-            logits, _ = layer(rows, weight=weight)
-        finally:
-            layer.sequence_parallel = marked
-        return self.compute_language_model_loss(packed["targets"][None], logits)[0]
-
-    def compute_language_model_loss(
-        self, labels: torch.Tensor, logits: torch.Tensor
-    ) -> torch.Tensor:
-        """Cross-entropy of each token over the real vocabulary.
-
-        Args:
-            labels: [batch, sequence].
-            logits: [sequence, batch, padded vocabulary / tensor parallel].
-        Returns:
-            [batch, sequence]; with z-loss [2, batch, sequence], cross-entropy and z-loss.
-        """
-        hide_padding(
-            logits, self.shape.vocabulary_size, parallel_state.get_tensor_model_parallel_rank()
-        )
-        if not self.z_loss:
-            return super().compute_language_model_loss(labels, logits)
-        losses, log_z = cross_entropy_and_log_z(
-            logits, labels.transpose(0, 1), parallel_state.get_tensor_model_parallel_group()
-        )
-        return torch.stack([losses, self.z_loss * log_z.square()]).transpose(1, 2)
+        return self.output_layer(hidden, weight, labels=labels, loss_weights=loss_mask)
 
 
 def build(shape: Model, config: TransformerConfig, z_loss: float = 0.0) -> Llama:

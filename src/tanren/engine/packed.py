@@ -11,14 +11,23 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 
-def packed_forward(batch: dict[str, torch.Tensor], model: torch.nn.Module) -> torch.Tensor:
+def packed_forward(
+    batch: dict[str, torch.Tensor],
+    model: torch.nn.Module,
+    loss_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
     """One packed micro batch through this rank's part of the model.
 
+    Args:
+        loss_weights: [positions], what each loss counts in the sum that is differentiated: then
+            nothing else may be. None where that is not known yet.
     Returns:
         on the last pipeline stage the losses where they count, in nats and fp32, in the order of
         batch["positions"]; on the others hidden states of the shape that `schedule_shape` says.
     """
-    losses: torch.Tensor = model(batch["tokens"], batch["position_ids"], packed=batch)
+    losses: torch.Tensor = model(
+        batch["tokens"], batch["position_ids"], packed=batch, loss_mask=loss_weights
+    )
     return losses
 
 

@@ -86,7 +86,11 @@ def forward_step(data: Iterator[blend.Batch], model: torch.nn.Module) -> tuple[t
     """One micro batch through this rank's part of the model, as megatron-core's schedules ask."""
     batch = get_batch_on_this_cp_rank(next(data))
     output = model(
-        batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]
+        batch["tokens"],
+        batch["position_ids"],
+        attention_mask=None,
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
     )
     return output, partial(token_loss, batch["loss_mask"])
 

@@ -49,7 +49,8 @@ def run(plan: SftPlan, attempt: int) -> None:
 def forward_step(data: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     """One packed micro batch through this rank's part of the model."""
     batch = next(data)
-    return packed_forward(batch, model), partial(answer_loss, batch["weights"])
+    output = packed_forward(batch, model, batch["weights"])
+    return output, partial(answer_loss, batch["weights"])
 
 
 def _means(sums: list[float]) -> dict[str, float]:
