@@ -13,11 +13,16 @@ pass (`losses_of_logits`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import ColumnParallelLinear, copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    layers,
+)
 from torch.autograd.function import once_differentiable
 
 # Tokens whose logits exist at a time.
@@ -332,6 +337,20 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
         torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(left.t().to(total.dtype), right.to(total.dtype))
+
+
+def fuse_without_apex() -> None:
+    """Let megatron-core's own linear layer add a weight's gradient to its main_grad: it wants
+    Apex's extension for that, and `add_product` is what it does with it.
+    """
+    layers._grad_accum_fusion_available = True
+
+    def add(inputs: torch.Tensor, gradients: torch.Tensor, main_grad: torch.Tensor) -> None:
+        add_product(main_grad, gradients, inputs)
+
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
+        wgrad_gemm_accum_fp32=add, wgrad_gemm_accum_fp16=add
+    )
 
 
 def _already_in_main_grad(weight: Any) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from megatron.core.transformer.module import Float16Module
 
 from tanren.config.model import Model
 from tanren.config.training import Layout, Lora
-from tanren.engine.head import Head
+from tanren.engine.head import Head, fuse_without_apex
 from tanren.engine.packed import block_mask, sequence_params
 
 FP8_RECIPES = {"tensorwise": "tensorwise", "delayed": "delayed", "blockwise": "blockwise"}
@@ -68,13 +68,14 @@ def transformer_config(
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence_parallel,
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
+        # A weight's gradient joins its main gradient inside the matrix product that makes it.
+        gradient_accumulation_fusion=on_gpu,
         masked_softmax_fusion=False,
-        bias_activation_fusion=on_gpu,
+        bias_activation_fusion=False,
+        # By this megatron-core takes the activation of engine/layers.py.
+        use_te_activation_func=on_gpu,
         bias_dropout_fusion=on_gpu,
         apply_rope_fusion=on_gpu,
-        cross_entropy_loss_fusion=on_gpu,
-        cross_entropy_fusion_impl="te" if on_gpu else "native",
         attention_softmax_in_fp32=True,
         deallocate_pipeline_outputs=True,
         **recompute,
@@ -85,11 +86,9 @@ def transformer_config(
 def _layers(config: TransformerConfig) -> Any:
     """Transformer Engine's layers on a GPU, megatron-core's own on a CPU."""
     if torch.cuda.is_available():
-        from megatron.core.models.gpt.gpt_layer_specs import (
-            get_gpt_layer_with_transformer_engine_spec,
-        )
+        from tanren.engine.layers import layer_spec
 
-        return get_gpt_layer_with_transformer_engine_spec()
+        return layer_spec()
     from tanren.engine import cpu
 
     return cpu.block_spec(config)
@@ -106,6 +105,8 @@ class Llama(GPTModel):
     lora: Lora | None = None
 
     def __init__(self, shape: Model, config: TransformerConfig, z_loss: float = 0.0) -> None:
+        if config.gradient_accumulation_fusion:
+            fuse_without_apex()
         super().__init__(
             config=config,
             transformer_layer_spec=_layers(config),
@@ -168,11 +169,9 @@ class Llama(GPTModel):
             input_ids, position_ids = input_ids.view(1, -1), position_ids.view(1, -1)
             longest = int(packed["max_seqlen"])
             sequences = sequence_params(packed["cu_seqlens"], longest)
-            # It starts a block for each of these positions of each segment: no more than needed.
-            rotary = rotary[:longest]
         else:
             mask = block_mask(packed["cu_seqlens"], rows, width)
-            rotary = rotary[position_ids.transpose(0, 1), 0]
+        rotary = rotary[position_ids.transpose(0, 1), 0]
         hidden = None
         if self.pre_process:
             hidden = self.embedding(input_ids=input_ids, position_ids=position_ids)
@@ -222,8 +221,14 @@ def build(shape: Model, config: TransformerConfig, z_loss: float = 0.0) -> Llama
     return model.cuda()
 
 
-def wrap_for_training(model: Llama) -> DistributedDataParallel:
-    """Gradient buffers and reduction over the data-parallel ranks, sharded for the optimizer."""
+def wrap_for_training(
+    model: Llama, main_gradients: Literal["fp32", "bf16"] = "fp32"
+) -> DistributedDataParallel:
+    """Gradient buffers and reduction over the data-parallel ranks, sharded for the optimizer.
+
+    Args:
+        main_gradients: the type that gradients are added up in.
+    """
     config = model.config
     on_gpu = torch.cuda.is_available()
     data_parallel = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
@@ -232,7 +237,7 @@ def wrap_for_training(model: Llama) -> DistributedDataParallel:
     return DistributedDataParallel(
         config,
         DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
+            grad_reduce_in_fp32=main_gradients == "fp32",
             use_distributed_optimizer=True,
             overlap_grad_reduce=overlap,
             overlap_param_gather=overlap,

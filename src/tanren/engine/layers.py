@@ -1,0 +1,75 @@
+"""A decoder layer on a GPU: Transformer Engine's modules, and kernels of ours between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from tanren.engine.layer_kernels import split_and_rotate, swiglu
+
+
+class RotaryAttention(SelfAttention):
+    """megatron-core's attention, whose heads are split and rotated in one pass."""
+
+    _angles: torch.Tensor | None = None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        rotary_pos_emb: torch.Tensor | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in megatron-core; rotary_pos_emb [tokens, 1, 1, head] has the angles of each token's
+        position, also where sequences are packed.
+        """
+        self._angles = rotary_pos_emb
+        return super().forward(hidden_states, attention_mask, **options)
+
+    def get_query_key_value_tensors(
+        self, hidden_states: torch.Tensor, *arguments: Any, **options: Any
+    ) -> Any:
+        """Query, key and value of each head, the first two turned by their positions."""
+        angles, self._angles = self._angles, None
+        assert angles is not None
+        if self.config.num_query_groups < self.world_size:
+            # Ranks share a group of keys: megatron-core gathers it and takes a rank's part.
+            query, key, value = super().get_query_key_value_tensors(
+                hidden_states, *arguments, **options
+            )
+            return _turned(query, angles), _turned(key, angles), value
+        mixed, _ = self.linear_qkv(hidden_states)
+        return split_and_rotate(mixed, angles, self.num_query_groups_per_partition)
+
+
+def _turned(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    turned: torch.Tensor = _apply_rotary_pos_emb_bshd(heads, angles, rotary_interleaved=False)
+    return turned
+
+
+class SwiGLU(torch.nn.Module):
+    """The activation between fc1 (gate and up, one after the other) and fc2."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+
+    def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """[sequence, batch, 2 x width] to [sequence, batch, width]."""
+        return swiglu(gate_up)
+
+
+def layer_spec() -> ModuleSpec:
+    """The layer that GPTModel builds on a GPU; the configuration has `use_te_activation_func`, by
+    which megatron-core takes the activation from here.
+    """
+    spec = get_gpt_layer_with_transformer_engine_spec()
+    spec.submodules.self_attention.module = RotaryAttention
+    spec.submodules.mlp.submodules.activation_func = SwiGLU
+    return spec
