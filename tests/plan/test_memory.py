@@ -10,8 +10,8 @@ from tanren.config.errors import RequestError
 from tanren.config.load import read_model, read_recipe
 from tanren.config.training import Midtrain
 from tanren.plan.batch import make_batch
-from tanren.plan.cost import Gpu, check_memory, estimated_hours
-from tanren.plan.memory import GIB, Engine, training_memory
+from tanren.plan.cost import Gpu, check_memory, estimated_hours, fitted
+from tanren.plan.memory import GIB, training_memory
 from tests.conftest import REPOSITORY
 
 H200 = Gpu("NVIDIA H200", 140.4)
@@ -42,8 +42,8 @@ MEASURED = [
 # Megatron-core in other settings on 4 H200, peak in GB: (micro batch, fp8, bytes of main
 # gradients), with bf16 moments and wgrad fusion.
 ELSEWHERE = [
-    (1, "none", 4, 86.6), (2, "none", 4, 106.5), (2, "none", 2, 89.4), (1, "delayed", 4, 98.1),
-    (2, "delayed", 4, 115.7), (2, "delayed", 2, 98.5),
+    (1, "none", "fp32", 86.6), (2, "none", "fp32", 106.5), (2, "none", "bf16", 89.4),
+    (1, "delayed", "fp32", 98.1), (2, "delayed", "fp32", 115.7), (2, "delayed", "bf16", 98.5),
 ]  # fmt: skip
 
 
@@ -70,13 +70,13 @@ def test_the_first_stage_of_a_pipeline_keeps_more_and_the_last_one_has_the_logit
 
 @pytest.mark.parametrize(("micro_batch", "fp8", "gradient", "peak"), ELSEWHERE)
 def test_the_formula_meets_what_megatron_used_elsewhere(
-    micro_batch: int, fp8: str, gradient: int, peak: float
+    micro_batch: int, fp8: str, gradient: str, peak: float
 ) -> None:
-    engine = Engine(main_gradient=gradient, moments=4, gradients_apart=False)
-    needed = training_memory(
-        EIGHT, recipe(f"micro_batch={micro_batch}", f"fp8={fp8}"), precision="bf16",
-        data_parallel=4, accumulation=16, engine=engine,
+    wanted = recipe(
+        f"micro_batch={micro_batch}", f"fp8={fp8}", f"main_gradients={gradient}",
+        "optimizer.moments=bf16",
     )  # fmt: skip
+    needed = training_memory(EIGHT, wanted, precision="bf16", data_parallel=4, accumulation=16)
     assert needed.total * GIB / 1e9 == pytest.approx(peak, rel=0.04)
 
 
@@ -152,3 +152,24 @@ def test_the_hours_of_a_recipe_that_was_measured_are_from_that() -> None:
         pytest.approx(0.6429, rel=0.001),
         "at 50,972 tokens/s a GPU, measured on 1 x H200",
     )
+
+
+def chosen(gpus: int, *sets: str, gpu: Gpu = H200) -> tuple[object, object]:
+    wanted = recipe("micro_batch=auto", "optimizer.moments=bf16", "global_batch=512", *sets)
+    found = fitted(EIGHT, wanted, gpus, (512,), "bf16", gpu)
+    return found.micro_batch, found.main_gradients
+
+
+def test_the_plan_takes_the_largest_micro_batch_that_fits_with_fp32_gradients() -> None:
+    assert chosen(1) == (1, "fp32")
+    assert chosen(2) == chosen(4) == chosen(64) == (2, "fp32")
+    assert chosen(4, "micro_batch=1") == (1, "fp32")
+    assert chosen(4, "main_gradients=bf16") == (2, "bf16")
+
+
+def test_gradients_in_bf16_come_before_nothing() -> None:
+    h100 = Gpu("NVIDIA H100", 93.6)
+    assert chosen(2, gpu=h100) == (1, "bf16")
+    assert chosen(8, gpu=h100) == (1, "fp32")
+    # Nothing fits: the smallest, of which the refusal speaks.
+    assert chosen(1, gpu=h100) == (1, "bf16")

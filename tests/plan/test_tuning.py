@@ -157,7 +157,7 @@ def test_adapters_need_memory_and_disk_for_themselves_alone() -> None:
     }
     base = ("init=hf:/m", "model=llmjp4-8b", "precision=bf16", "sequence_length=4096")
     with pytest.raises(RequestError, match=r"needs about 1\d\d GiB a GPU"):
-        planned("sft", *base, "micro_batch=1", **fields)
+        planned("sft", *base, "micro_batch=1", "main_gradients=fp32", **fields)
     plan = planned("sft", *base, "micro_batch=1", "lora={rank: 32}", **fields)
     assert plan.checkpoint_gib == pytest.approx(71_303_168 * 14 / 2**30)
     assert plan.memory.total < 45

@@ -23,7 +23,11 @@ from tanren.config.fields import (
 
 
 class Optimizer(Strict):
-    """Adam with decoupled weight decay (AdamW)."""
+    """Adam with decoupled weight decay (AdamW).
+
+    `moments` is the type that Adam's two moments are kept in on a GPU that trains in bf16; on a CPU
+    and in fp32 they are fp32. What is computed with them, and what a checkpoint holds, is fp32.
+    """
 
     lr: PositiveFloat
     min_lr: NonNegativeFloat = 0.0
@@ -32,6 +36,7 @@ class Optimizer(Strict):
     epsilon: PositiveFloat = 1.0e-8
     weight_decay: NonNegativeFloat = 0.1
     clip_grad: NonNegativeFloat = 1.0
+    moments: Literal["fp32", "bf16"] = "fp32"
 
 
 # The linear layers of a decoder layer.
@@ -185,13 +190,17 @@ class Training(Strict):
 
     `init: given` is for a base that the recipe cannot name, since it is published nowhere: the run
     is planned without it, and starts only when `--set init=` names it.
+
+    `micro_batch` is in rows. `main_gradients` is the type that gradients are added up in over the
+    micro batches of a step. With `auto` the plan takes what the GPU's memory holds.
     """
 
     model: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     init: Base
     sequence_length: Positive
     global_batch: Positive
-    micro_batch: Positive = 1
+    micro_batch: Positive | Literal["auto"] = "auto"
+    main_gradients: Literal["auto", "fp32", "bf16"] = "auto"
     steps: Positive | None = None
     precision: Literal["auto", "bf16", "fp32"] = "bf16"
     fp8: Literal["none", "tensorwise", "delayed", "blockwise"] = "none"
@@ -207,6 +216,18 @@ class Training(Strict):
     def row_length(self) -> int:
         """Tokens of one row of a micro batch."""
         return self.sequence_length
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro batch, once the plan has chosen."""
+        assert self.micro_batch != "auto"
+        return self.micro_batch
+
+    @model_validator(mode="after")
+    def _fp32_keeps_fp32(self) -> Self:
+        if self.precision == "fp32" and "bf16" in (self.main_gradients, self.optimizer.moments):
+            raise ValueError("main_gradients and optimizer.moments in bf16 belong to bf16")
+        return self
 
     @model_validator(mode="after")
     def _rates_fall(self) -> Self:

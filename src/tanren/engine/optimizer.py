@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -18,8 +19,21 @@ def build_optimizer(
     """AdamW with its state sharded over the data-parallel ranks.
 
     Norm weights are not decayed (megatron-core's rule: no decay for one-dimensional parameters).
+
+    On a GPU in bf16 Transformer Engine's Adam reads gradients in the type that they are in, keeps
+    the moments in theirs, and of the fp32 master weights the 16 bits that bf16 has not.
     """
     bf16 = precision == "bf16"
+    kept: dict[str, Any] = {}
+    if bf16 and torch.cuda.is_available():
+        moments = torch.bfloat16 if settings.moments == "bf16" else torch.float32
+        in_fp32 = model.ddp_config.grad_reduce_in_fp32
+        kept = {
+            "use_precision_aware_optimizer": True,
+            "main_grads_dtype": torch.float32 if in_fp32 else torch.bfloat16,
+            "exp_avg_dtype": moments,
+            "exp_avg_sq_dtype": moments,
+        }
     config = OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -35,6 +49,7 @@ def build_optimizer(
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=True,
         overlap_param_gather=model.ddp_config.overlap_param_gather,
+        **kept,
     )
     return get_megatron_optimizer(
         config, [model], use_gloo_process_groups=torch.cuda.is_available()

@@ -78,8 +78,8 @@ def make_batch(recipe: Midtrain, data_parallel: int, place: str, *, steps: int) 
     check_divides(f"{place}: global_batch", recipe.global_batch, recipe, data_parallel)
     return Batch(
         data_parallel=data_parallel,
-        micro_batch=recipe.micro_batch,
-        accumulation=recipe.global_batch // (data_parallel * recipe.micro_batch),
+        micro_batch=recipe.rows,
+        accumulation=recipe.global_batch // (data_parallel * recipe.rows),
         steps=steps,
         tokens_per_step=tokens_per_step(recipe),
     )
@@ -87,13 +87,13 @@ def make_batch(recipe: Midtrain, data_parallel: int, place: str, *, steps: int) 
 
 def check_divides(place: str, sequences: int, recipe: Training, data_parallel: int) -> None:
     """Refuse a number of sequences that does not fill the micro batches of every replica."""
-    divisor = data_parallel * recipe.micro_batch
+    divisor = data_parallel * recipe.rows
     if sequences % divisor:
         below = sequences // divisor * divisor
         nearest = [str(n) for n in (below, below + divisor) if n > 0]
         raise RequestError(
             place,
             f"{sequences} is not a multiple of {divisor} (data parallel {data_parallel} x "
-            f"micro_batch {recipe.micro_batch})",
+            f"micro_batch {recipe.rows})",
             f"use {' or '.join(nearest)}",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
@@ -42,6 +43,47 @@ def estimated_hours(
     share = ASSUMED_SHARE["none" if recipe.fp8 == "none" else "fp8"]
     seconds = model.flops_per_token(recipe.sequence_length) * tokens / (peak * 1e12 * share * gpus)
     return seconds / 3600, f"at {share:.0%} of {gpus} x {peak:,.0f} TFLOP/s, an assumption"
+
+
+AnyTraining = TypeVar("AnyTraining", bound=Training)
+
+# Tokens of a micro batch over which nothing was measured to be gained, and the share of a GPU that
+# what the plan chooses may fill: what a recipe states may fill all of it.
+ENOUGH_TOKENS = 8192
+CHOSEN_SHARE = 0.95
+
+
+def fitted(
+    model: Model, recipe: AnyTraining, data_parallel: int, sequences: tuple[int, ...],
+    precision: str, gpu: Gpu | None,
+) -> AnyTraining:  # fmt: skip
+    """The recipe with its micro batch and main gradients chosen, where they are `auto`.
+
+    fp32 gradients before bf16 ones, and of these the largest micro batch that fits: the sums over a
+    step's micro batches come before a few per cent of speed. Where nothing fits, or the GPU is not
+    known, the smallest: `check_memory` then says what to change.
+
+    Args:
+        sequences: numbers of rows that micro batches have to divide on every replica.
+    """
+    rows: list[Any] = [recipe.micro_batch]
+    gradients: list[Any] = [recipe.main_gradients]
+    if recipe.micro_batch == "auto":
+        most = max(ENOUGH_TOKENS // recipe.row_length, 1) if gpu else 1
+        powers = [2**power for power in reversed(range(most.bit_length()))]
+        rows = [n for n in powers if all(s % (n * data_parallel) == 0 for s in sequences)] or [1]
+    if recipe.main_gradients == "auto":
+        gradients = ["fp32", "bf16"] if gpu and precision == "bf16" else ["fp32"]
+    chosen = recipe
+    for gradient in gradients:
+        for row in rows:
+            chosen = recipe.model_copy(update={"micro_batch": row, "main_gradients": gradient})
+            if gpu is None:
+                return chosen
+            needed = _memory(model, chosen, recipe.layout.pipeline, precision, data_parallel)
+            if needed.total <= CHOSEN_SHARE * (gpu.memory_gib - RESERVED_GIB):
+                return chosen
+    return chosen
 
 
 def check_memory(
@@ -90,7 +132,7 @@ def _ways(
 
     def smaller(recompute: str) -> int | None:
         layout = recipe.layout.model_copy(update={"recompute": recompute})
-        for micro_batch in range(recipe.micro_batch, 0, -1):
+        for micro_batch in range(recipe.rows, 0, -1):
             changed = recipe.model_copy(update={"micro_batch": micro_batch, "layout": layout})
             divides = recipe.global_batch % (micro_batch * data_parallel) == 0
             if divides and fits(changed, data_parallel):
@@ -107,7 +149,7 @@ def _ways(
             ways.append(f"--set layout.recompute=full --set micro_batch={again}")
     for factor in range(2, 129):
         ranks = data_parallel * factor
-        if recipe.global_batch % (recipe.micro_batch * ranks) == 0 and fits(recipe, ranks):
+        if recipe.global_batch % (recipe.rows * ranks) == 0 and fits(recipe, ranks):
             gpus = ranks * recipe.layout.model_parallel
             ways.append(f"{gpus} GPUs")
             break

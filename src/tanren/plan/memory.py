@@ -1,35 +1,21 @@
 """GPU memory of training, per GPU, before anything runs.
 
-Counted from what the engine keeps, not fitted: weights, fp32 main gradients, the optimizer's share,
-what each layer saves for its backward pass, and the logits. The formula and its comparison with
-measured peaks are in docs/memory.md.
+Counted from what the engine keeps, not fitted: weights, main gradients, the optimizer's share, what
+each layer saves for its backward pass, and the logits. The formula and its comparison with measured
+peaks are in docs/memory.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tanren.config.fields import Strict
 from tanren.config.model import Model
-from tanren.config.training import Layout, Lora, Training, Tuning
+from tanren.config.training import Dpo, Layout, Lora, Training, Tuning
 
 GIB = 2**30
 # What no formula sees: the CUDA context, NCCL's buffers, and the allocator's gaps.
 RESERVED_GIB = 4.0
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What the engine keeps a parameter, in bytes, besides the weights."""
-
-    main_gradient: int = 4
-    # Adam's two moments; the fp32 master copy of bf16 weights comes on top.
-    moments: int = 8
-    # Without wgrad fusion a gradient lies beside its main gradient before it is added.
-    gradients_apart: bool = True
-
-
-ENGINE = Engine()
+# Tokens whose logits the head makes at a time.
+HEAD_TOKENS = 4096
 
 
 class Memory(Strict):
@@ -65,25 +51,25 @@ def _adapters(model: Model, lora: Lora) -> int:
 
 
 def training_memory(
-    model: Model, recipe: Training, *, precision: str, data_parallel: int, accumulation: int,
-    engine: Engine = ENGINE,
+    model: Model, recipe: Training, *, precision: str, data_parallel: int, accumulation: int
 ) -> Memory:  # fmt: skip
     """The peak of the GPU that needs the most.
 
     Args:
+        recipe: with its micro batch and main gradients chosen.
         precision: `bf16` or `fp32`.
         accumulation: micro batches a step; a pipeline keeps at most that many in flight.
     """
     first, last = (
-        _stage(model, recipe, engine, precision, data_parallel, accumulation, first=first)
+        _stage(model, recipe, precision, data_parallel, accumulation, first=first)
         for first in (True, False)
     )
     return max(first, last, key=lambda memory: memory.total)
 
 
 def _stage(
-    model: Model, recipe: Training, engine: Engine, precision: str, data_parallel: int,
-    accumulation: int, *, first: bool,
+    model: Model, recipe: Training, precision: str, data_parallel: int, accumulation: int,
+    *, first: bool,
 ) -> Memory:  # fmt: skip
     """The first pipeline stage keeps the most micro batches; the last one has the logits."""
     layout = recipe.layout
@@ -94,8 +80,8 @@ def _stage(
     table = model.padded_vocabulary * model.hidden_size / layout.tensor
     tables = 2 if whole and not model.tied_embeddings else 1
     parameters = matrices + tables * table + layers * 2 * model.hidden_size
-    state = engine.moments + (4 if precision == "bf16" else 0)
-    tokens = recipe.micro_batch * recipe.row_length / layout.context
+    state, gradient = _bytes(recipe, precision)
+    tokens = recipe.rows * recipe.row_length / layout.context
     in_flight = min(layout.pipeline, accumulation) if first else 1
     weights = parameters * width
     trained, lora = parameters, recipe.lora if isinstance(recipe, Tuning) else None
@@ -108,17 +94,25 @@ def _stage(
         weights += matrices * 2
     logits = 0.0
     if whole or not first:
-        # The logits are turned into their gradient in place; the largest gradient that may lie
-        # apart is that of the output layer, at this same moment.
-        logits = tokens * model.padded_vocabulary / layout.tensor * width
-        logits += table * width if engine.gradients_apart and lora is None else 0
+        # They are turned into their gradient in place, some tokens at a time; dpo keeps them all.
+        at_once = tokens if isinstance(recipe, Dpo) else min(tokens, HEAD_TOKENS)
+        logits = at_once * model.padded_vocabulary / layout.tensor * width
     return Memory(
         weights=weights / GIB,
-        gradients=trained * engine.main_gradient / GIB,
+        gradients=trained * gradient / GIB,
         optimizer=trained * state / (data_parallel * layout.context) / GIB,
         activations=in_flight * tokens * _saved(model, layout, recipe, layers, width) / GIB,
         logits=logits / GIB,
     )
+
+
+def _bytes(recipe: Training, precision: str) -> tuple[int, int]:
+    """Bytes of a parameter that the optimizer keeps, and those of its main gradient."""
+    if precision == "fp32":
+        return 8, 4
+    # Of the fp32 master copy, the half that the bf16 weight is not; and two moments.
+    moments = 2 * (2 if recipe.optimizer.moments == "bf16" else 4)
+    return 2 + moments, 2 if recipe.main_gradients == "bf16" else 4
 
 
 def _layer_matrices(model: Model) -> int:

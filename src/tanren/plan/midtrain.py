@@ -10,7 +10,7 @@ from tanren.config.errors import RequestError
 from tanren.config.training import Midtrain
 from tanren.plan.batch import check_divides, make_batch, stated_steps
 from tanren.plan.checks import check_schedule, check_vocabulary
-from tanren.plan.cost import estimated_hours
+from tanren.plan.cost import estimated_hours, fitted
 from tanren.plan.mix import Mixture, SourceCount, count_notes, make_mixture
 from tanren.plan.paths import TRAINING_STAGES, RunFolder
 from tanren.plan.plan import (
@@ -43,6 +43,12 @@ def midtrain_plan(request: Request, recipe: Midtrain) -> MidtrainPlan:
     model, place = request.model, str(request.recipe_file)
     assert model is not None
     data_parallel = check_fit(request, recipe)
+    precision = precision_of(request, recipe)
+    held_out = (recipe.evaluation.sequences,) if recipe.evaluation else ()
+    recipe = fitted(
+        model, recipe, data_parallel, (recipe.global_batch, *held_out), precision,
+        request.machine.gpu,
+    )  # fmt: skip
     data = data_of(request, recipe)
     if data.result:
         check_vocabulary(place, model, data.result["vocabulary_size"], data.folder.tokenizer)
@@ -58,7 +64,6 @@ def midtrain_plan(request: Request, recipe: Midtrain) -> MidtrainPlan:
     inputs: dict[str, Any] = {**request.inputs, "data": data.identity}
     if base.product is not None:
         inputs["init"] = base.identity
-    precision = precision_of(request, recipe)
     settings = settings_of(recipe, without=(*FREE, "tokens", "resume")) | {
         "mix": _mix_settings(recipe),
         "shape": shape_settings(model),

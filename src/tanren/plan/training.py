@@ -18,7 +18,7 @@ from tanren.plan.plan import Launch, Product, Request, product_of
 GIVEN = "given"
 GIVE_BASE = 'SET="init=hf:/FOLDER" or SET="init=checkpoint:/FOLDER/iter_0000500"'
 # Settings of a run that may change on the way: how it lies over the processes, what it keeps.
-FREE = ("layout", "micro_batch", "checkpoints", "evaluation", "steps")
+FREE = ("layout", "micro_batch", "main_gradients", "checkpoints", "evaluation", "steps")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from tanren.config.errors import RequestError
 from tanren.config.training import Dpo, Sft, Tuning
 from tanren.plan.batch import Cut, check_divides
 from tanren.plan.checks import check_schedule, check_vocabulary
-from tanren.plan.cost import estimated_hours
+from tanren.plan.cost import estimated_hours, fitted
 from tanren.plan.paths import TRAINING_STAGES, examples_cache
 from tanren.plan.plan import DpoPlan, Request, SftPlan, common, digest, product_of, settings_of
 from tanren.plan.training import (
@@ -53,12 +53,15 @@ def tuning_plan(request: Request, recipe: Tuning) -> SftPlan | DpoPlan:
             "trains adapters beside a base, and init: scratch has none",
             "name the base in init, or --set lora=null",
         )
+    precision = precision_of(request, recipe)
+    # dpo fills what is missing with empty rows.
+    rows = (recipe.global_batch,) if isinstance(recipe, Sft) else ()
+    recipe = fitted(model, recipe, data_parallel, rows, precision, request.machine.gpu)
     if isinstance(recipe, Sft):
         check_divides(f"{place}: global_batch", recipe.global_batch, recipe, data_parallel)
     base = begin(request, recipe, "convert", *TRAINING_STAGES)
     tokenizer = _tokenizer(request, recipe, base)
     _check_template(recipe, base, place)
-    precision = precision_of(request, recipe)
     inputs: dict[str, Any] = {**request.inputs, "init": base.identity}
     if recipe.tokenizer is not None and recipe.tokenizer.startswith("stage:"):
         inputs["tokenizer"] = product_of(request, recipe.tokenizer, "preprocess").identity
@@ -78,7 +81,7 @@ def tuning_plan(request: Request, recipe: Tuning) -> SftPlan | DpoPlan:
     accumulation = recipe.layout.pipeline
     gpu, hours = request.machine.gpu, None
     if isinstance(recipe, Sft):
-        accumulation = recipe.global_batch // (data_parallel * recipe.micro_batch)
+        accumulation = recipe.global_batch // (data_parallel * recipe.rows)
         if gpu and steps:
             tokens = steps * recipe.global_batch * recipe.row_length
             hours = estimated_hours(model, recipe, tokens, gpu, launch.processes)
@@ -88,7 +91,7 @@ def tuning_plan(request: Request, recipe: Tuning) -> SftPlan | DpoPlan:
         "recipe": recipe,
         "model": model,
         "precision": precision,
-        "batch": Cut(data_parallel=data_parallel, micro_batch=recipe.micro_batch),
+        "batch": Cut(data_parallel=data_parallel, micro_batch=recipe.rows),
         "steps": steps,
         "start": base.start,
         "adapters": base.adapters,

@@ -71,7 +71,7 @@ def make_state(plan: TrainingPlan, steps: int, z_loss: float = 0.0) -> TrainingS
     settings = _lora(plan)
     if settings is not None:
         lora.add_adapters(llama, settings, seed=recipe.seed)
-    model = models.wrap_for_training(llama)
+    model = models.wrap_for_training(llama, "bf16" if recipe.main_gradients == "bf16" else "fp32")
     optimizer = build_optimizer(recipe.optimizer, model, precision=plan.precision)
     schedule = build_schedule(
         recipe.schedule, recipe.optimizer, optimizer,
