@@ -13,10 +13,10 @@ iteration = $(if $(ITER),--set 'iteration=$(ITER)')
 of = $(if $(filter-out midtrain,$(STAGE)),--set 'of=stage:$(STAGE)')
 recipe = recipes/$(TASK)/$@.yaml
 
-.PHONY: help setup fetch preprocess convert midtrain sft dpo pipeline export show generate plan build-image image-info lock shell status logs cancel test test-images test-schedulers check
+.PHONY: help setup fetch preprocess convert midtrain sft dpo pipeline export show generate fp8-gate plan build-image image-info lock shell status logs cancel test test-images test-schedulers check
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  with         TASK=tiny VARIANT= NAME= SET="a.b=c d=e" ITER=latest|500 RUNTIME=native BIND=/data'
 	@echo '  on clusters  SITE=abci3 NODES=2 HOURS=24 TYPE= AFTER=jobid CHAIN=3 PARTS=8 RESERVATION='
 
@@ -52,6 +52,9 @@ show: ## N=3 examples of STAGE=sft|dpo, with what of them is trained on
 
 generate: ## what the export of STAGE answers to PROMPT
 	@bin/setup host && bin/tanren generate recipes/$(TASK)/$(STAGE).yaml --prompt "$$PROMPT" $(if $(VARIANT),--variant '$(VARIANT)') $(if $(NAME),--name '$(NAME)') $(if $(RUNTIME),--runtime '$(RUNTIME)')
+
+fp8-gate: ## the first STEPS=200 of STAGE in bf16 and in FP8="delayed tensorwise", compared
+	@bin/setup host && bin/tanren gate recipes/$(TASK)/$(STAGE).yaml $(if $(STEPS),--steps $(STEPS)) $(foreach f,$(FP8),--fp8 '$(f)') $(options) --needs
 
 plan: ## what STAGE of TASK would do; changes nothing
 	@bin/setup host && bin/tanren plan recipes/$(TASK)/$(STAGE).yaml $(options) $(parts)

@@ -133,3 +133,8 @@ def test_make_passes_its_variables_on() -> None:
     ]
     assert "image build te19" in make("-n", "build-image", "IMAGE=te19")[-1]
     assert "--set 'iteration=80'" in make("-n", "export", "ITER=80")[-1]
+    gate = make("-n", "fp8-gate", "STAGE=sft", "STEPS=120", "FP8=delayed blockwise", "SITE=abci3")
+    assert gate[-1].split("&& ")[1].split() == [
+        "bin/tanren", "gate", "recipes/tiny/sft.yaml", "--steps", "120", "--fp8", "'delayed'",
+        "--fp8", "'blockwise'", "--site", "'abci3'", "--needs",
+    ]  # fmt: skip

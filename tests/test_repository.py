@@ -38,8 +38,10 @@ def test_every_dependency_has_an_exact_version() -> None:
 @pytest.mark.parametrize("readme", [REPOSITORY / "README.md"])
 def test_the_readme_names_commands_that_exist(readme: Path) -> None:
     text = readme.read_text()
-    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE))
+    targets = set(
+        re.findall(r"^([a-z0-9-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    )
+    named = set(re.findall(r"(?:^|`)make ([a-z0-9-]+)", text, re.MULTILINE))
     assert {"midtrain", "test"} <= named
     assert named <= targets
     for link in re.findall(r"\]\(([^)]+)\)", text):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from tanren.config.errors import EXIT_TERMINATED, TanrenError
+from tanren.config.errors import EXIT_STOPPED, EXIT_TERMINATED, TanrenError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -560,6 +560,72 @@ def pipeline(
     screen = terminal.console()
     for order in orders:
         _stage(order, False, screen)
+
+
+@app.command(epilog="Example: bin/tanren gate recipes/tiny/midtrain.yaml --fp8 delayed,blockwise")
+def gate(
+    recipe: RecipeFile,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="of each run")] = 200,
+    fp8: Annotated[
+        Optional[list[str]],
+        typer.Option("--fp8", help="delayed,tensorwise,blockwise; else the recipe's or tensorwise"),
+    ] = None,
+    limit: Annotated[
+        float, typer.Option("--limit", min=0.001, help="of a relative difference, in percent")
+    ] = 0.5,
+    variant: Variant = None, name: Name = None, set_: Sets = None, runtime: Runtime = None,
+    bind: Binds = None, site: SiteName = None, nodes: Nodes = None, hours: Hours = None,
+    type_: Type = None, reservation: Reservation = None, needs: Needs = False,
+) -> None:  # fmt: skip
+    """Whether FP8 trains as bf16 does: the same steps in each, and their losses compared.
+
+    The learning rate stays at its peak after the warm-up. Exit code 1 says that FP8 is refused.
+    """
+    from tanren.config.errors import WorkError
+    from tanren.launch import clusters
+    from tanren.launch import gate as gates
+    from tanren.plan.gate import compare
+    from tanren.report import gate as report
+    from tanren.report import terminal
+
+    screen = terminal.console()
+    order = _order(recipe, variant, name, set_, runtime, bind, site, nodes, hours, type_,
+                   reservation)  # fmt: skip
+    stated = tuple(one for text in fp8 or [] for one in text.split(",") if one)
+    trials = gates.trials(order, stated, steps)
+    pending = [trial for trial in trials if not trial.is_done]
+    if pending and clusters.place_for(order) is not None:
+        for trial in pending:
+            _stage(trial.order, needs, screen)
+        screen.print("once they are done, the same command compares them")
+        return
+    if pending:
+        gates.check(trials, pending)
+    failed: dict[str, str] = {}
+    for trial in pending:
+        try:
+            _stage(trial.order, needs, screen)
+        except TanrenError as error:
+            # One that was stopped goes on; and without bf16 there is nothing to compare with.
+            if trial is trials[0] or error.exit_code == EXIT_STOPPED:
+                raise
+            failed[trial.scaling] = f"{error.place}: {error.problem}"
+    curves = {t.scaling: gates.read_curves(t) for t in trials if t.scaling not in failed}
+    bf16, *others = (trial.scaling for trial in trials)
+    compared = {one: compare(curves[bf16], curves[one]) for one in others if one in curves}
+    share = limit / 100
+    folder = gates.write(order, trials, compared, share, failed)
+    svg = report.picture(f"{folder.parent.name}/{recipe.stem}", curves, compared, share)
+    (folder / "gate.svg").write_text(svg)
+    report.print_gate(compared, failed, steps, share, screen)
+    screen.print(f"  {folder / 'gate.json'}, gate.svg", markup=False)
+    refused = [one for one in others if one in failed or not compared[one].passes(share)]
+    if refused:
+        raise WorkError(
+            "the FP8 gate",
+            f"refuses {', '.join(refused)}: the loss is not that of bf16 within {limit:g} %",
+            "--set fp8=none, or try the others: --fp8 delayed,tensorwise,blockwise",
+        )
 
 
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run folder, or TASK/RUN")]

@@ -44,6 +44,19 @@ def _smallest_gpu() -> Gpu | None:
     return Gpu(name, mib / 1024)
 
 
+@cache
+def compute_capability() -> float | None:
+    """Of the oldest GPU, 9.0 for an H100 or H200; None where the driver does not tell."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=20
+        ).stdout
+        return min(float(line) for line in listed.split())
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+
+
 def visible_gpus() -> int:
     """GPUs of this machine that CUDA_VISIBLE_DEVICES lets a process see."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
