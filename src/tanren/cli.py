@@ -579,7 +579,8 @@ def gate(
 ) -> None:  # fmt: skip
     """Whether FP8 trains as bf16 does: the same steps in each, and their losses compared.
 
-    The learning rate stays at its peak after the warm-up. Exit code 1 says that FP8 is refused.
+    The learning rate stays at its peak after the warm-up. Of a finished run the curves stay and the
+    weights go. Exit code 1 says that FP8 is refused.
     """
     from tanren.config.errors import WorkError
     from tanren.launch import clusters
@@ -610,7 +611,12 @@ def gate(
             if trial is trials[0] or error.exit_code == EXIT_STOPPED:
                 raise
             failed[trial.scaling] = f"{error.place}: {error.problem}"
-    curves = {t.scaling: gates.read_curves(t) for t in trials if t.scaling not in failed}
+        else:
+            gates.drop_checkpoints(trial)  # before the next one needs the room
+    finished = [trial for trial in trials if trial.scaling not in failed]
+    for trial in finished:
+        gates.drop_checkpoints(trial)  # those that jobs have left
+    curves = {trial.scaling: gates.read_curves(trial) for trial in finished}
     bf16, *others = (trial.scaling for trial in trials)
     compared = {one: compare(curves[bf16], curves[one]) for one in others if one in curves}
     share = limit / 100

@@ -156,11 +156,14 @@ def test_a_cpu_refuses_the_command_and_leaves_nothing(bare: Tanren, task: Path) 
 
 def test_finished_runs_are_compared_on_a_cpu(bare: Tanren, task: Path) -> None:
     for trial, factor in zip(trials(task, "delayed", "blockwise"), (1, 1.002, 1.02), strict=True):
-        finish(trial, factor=factor)
+        # As jobs of a cluster leave them.
+        finish(trial, factor=factor).checkpoint(STEPS).mkdir(parents=True)
     done = bare(*command(task, "--fp8", "delayed"))
     assert done.code == 0, done.text
     assert done.out.splitlines()[0] == "loss against bf16 over 80 steps, limit 0.5 %"
     title, row = (line.split() for line in done.out.splitlines()[1:3])
+    there = [one.parent.name for one in bare.runs.glob("tiny/*/checkpoints")]
+    assert there == ["midtrain-gate-blockwise"]
     assert title[:4] == ["fp8", "step", "1", "largest"]
     assert row[:3] == ["delayed", "+0.200", "%"]
     assert row[-1] == "passed"
@@ -209,7 +212,10 @@ def test_what_is_not_done_is_run_bf16_first(task: Path, monkeypatch: pytest.Monk
         ran.append(trial.scaling)
         if trial.scaling == "tensorwise":
             raise WorkError("step 30", "the loss is nan")
-        finish(trial)
+        # The run before it has left its room.
+        left = list(task.parent.glob("runs/tiny/*/checkpoints"))
+        assert left == []
+        finish(trial).checkpoint(STEPS).mkdir(parents=True)
         return ()
 
     monkeypatch.setattr(cli, "_stage", stage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,15 @@ def check(all_trials: list[Trial], pending: list[Trial]) -> None:
         )
     for trial in pending:
         make_plan(submit.read_request(trial.order))
+
+
+def drop_checkpoints(trial: Trial) -> None:
+    """Remove the weights of a finished run: its curves are what it was run for.
+
+    Several runs of a large model would otherwise fill a disk, and nobody goes on from them.
+    """
+    assert runs.result_of(trial.folder) is not None, trial.folder
+    shutil.rmtree(trial.folder.checkpoints, ignore_errors=True)
 
 
 def read_curves(trial: Trial) -> Curves:
