@@ -180,7 +180,6 @@ def step(
     total = torch.zeros((), device=device)
     for micro in range(options.accumulation):
         last = micro == options.accumulation - 1
-        model.set_is_last_backward(last)
         model.set_reshard_after_backward(last or not options.keep_gathered)
         model.set_requires_gradient_sync(last or not options.late_reduce)
         tokens = next(batches)
