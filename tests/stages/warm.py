@@ -223,12 +223,13 @@ def main(words: list[str]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     warnings.simplefilter("ignore")
-    from tanren.engine import cpu
+    from tanren.engine import cpu, eager
 
     cpu.hide_gpu_libraries()
     # A job begins with it, too, and wants to be the first.
     once: Any = cpu
     once.hide_gpu_libraries = lambda: None
+    eager.import_megatron()
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     # The process that writers report to. Begun by a job, it would end with the job.

@@ -45,10 +45,14 @@ def main(arguments: list[str]) -> int:
     folder = RunFolder(plan_file.parent)
     try:
         plan = read_plan(plan_file)
-        if plan.launch.engine and plan.launch.device == "cpu":
-            from tanren.engine import cpu
+        if plan.launch.engine:
+            if plan.launch.device == "cpu":
+                from tanren.engine import cpu
 
-            cpu.hide_gpu_libraries()
+                cpu.hide_gpu_libraries()
+            from tanren.engine import eager
+
+            eager.import_megatron()
         stage = importlib.import_module(f"tanren.stages.{plan.stage}")
         if rank == 0:
             with runs.locked(folder.root / ".worker", wait_seconds=60):
