@@ -13,7 +13,7 @@ iteration = $(if $(ITER),--set 'iteration=$(ITER)')
 of = $(if $(filter-out midtrain,$(STAGE)),--set 'of=stage:$(STAGE)')
 recipe = recipes/$(TASK)/$@.yaml
 
-.PHONY: help setup fetch preprocess convert midtrain sft dpo pipeline export show generate fp8-gate plan build-image image-info lock shell status logs cancel test test-images test-schedulers check
+.PHONY: help setup fetch preprocess convert midtrain sft dpo pipeline export show generate fp8-gate bench plan build-image image-info lock shell status logs cancel test test-images test-schedulers check
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ generate: ## what the export of STAGE answers to PROMPT
 
 fp8-gate: ## the first STEPS=200 of STAGE in bf16 and in FP8="delayed tensorwise", compared
 	@bin/setup host && bin/tanren gate recipes/$(TASK)/$(STAGE).yaml $(if $(STEPS),--steps $(STEPS)) $(foreach f,$(FP8),--fp8 '$(f)') $(options) --needs
+
+bench: ## how fast STAGE is here, and where a step's time goes (STEPS=12, REAL=1: own data, SAVE=1)
+	@bin/setup host && bin/tanren bench recipes/$(TASK)/$(STAGE).yaml $(if $(STEPS),--steps $(STEPS)) $(if $(REAL),--real) $(if $(SAVE),--save) $(options)
 
 plan: ## what STAGE of TASK would do; changes nothing
 	@bin/setup host && bin/tanren plan recipes/$(TASK)/$(STAGE).yaml $(options) $(parts)

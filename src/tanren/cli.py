@@ -130,6 +130,32 @@ _stage_verb("dpo", "Tuning on preferences. The same command again goes on where 
 _stage_verb("export", "A checkpoint to a Hugging Face folder.")
 
 
+@app.command(epilog="Example: bin/tanren bench recipes/tiny/midtrain.yaml --set micro_batch=4")
+def bench(
+    recipe: RecipeFile,
+    steps: Annotated[
+        int, typer.Option("--steps", min=4, help="in all; the last one is profiled")
+    ] = 12,
+    real: Annotated[
+        bool, typer.Option("--real", help="the recipe's own data and base, in place of random ones")
+    ] = False,
+    save: Annotated[bool, typer.Option("--save", help="one checkpoint in the middle")] = False,
+    variant: Variant = None, name: Name = None, set_: Sets = None, runtime: Runtime = None,
+    bind: Binds = None, site: SiteName = None, nodes: Nodes = None, hours: Hours = None,
+    type_: Type = None, reservation: Reservation = None,
+) -> None:  # fmt: skip
+    """How fast a training stage is on this machine, and where a step's time goes."""
+    from dataclasses import replace
+
+    from tanren.plan.bench import Bench
+    from tanren.report import terminal
+
+    order = _order(recipe, variant, name, set_, runtime, bind, site, nodes, hours, type_,
+                   reservation)  # fmt: skip
+    measured = Bench(steps=steps, real=real, save=save)
+    _stage(replace(order, bench=measured), False, terminal.console())
+
+
 @app.command(epilog="Example: bin/tanren plan recipes/tiny/midtrain.yaml --set steps=400")
 def plan(
     recipe: RecipeFile, variant: Variant = None, name: Name = None, set_: Sets = None,

@@ -9,6 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,11 +19,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch.autograd.profiler import record_function
 
 from tanren.config.errors import WorkError
 from tanren.data.blend import Batch
+from tanren.engine import timing
 from tanren.engine.checkpoint import Saver, TrainingState
 from tanren.engine.log import Metrics
+from tanren.engine.timing import StepTimer
 
 logger = logging.getLogger("tanren")
 
@@ -57,10 +61,14 @@ class StopRequest:
 
 @dataclass(frozen=True)
 class Work:
-    """What a run has done up to some iteration: tokens read, and FLOP of the model for them."""
+    """What a run has done up to some iteration: tokens read, and FLOP of the model for them.
+
+    `predicted` are those of the tokens that went through the output layer.
+    """
 
     tokens: int
     flops: float
+    predicted: int
 
 
 class Feed(Protocol):
@@ -120,10 +128,15 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of `train` ended. `stopped` names the signal that ended it early."""
+    """How a call of `train` ended. `stopped` names the signal that ended it early.
+
+    `in_steps` is the share of the time from the first step's begin to the end that steps took;
+    saves and evaluations take the rest.
+    """
 
     iteration: int
     stopped: str | None
+    in_steps: float
 
 
 def train(
@@ -140,6 +153,7 @@ def train(
     stop: StopRequest,
     workers: int = 0,
     hang_seconds: float = 1800.0,
+    around: Callable[[int], AbstractContextManager[None]] | None = None,
 ) -> Outcome:
     """Train from `state.iteration` to `budget.steps`, or until asked to stop.
 
@@ -147,43 +161,50 @@ def train(
         hang_seconds: a step that takes longer, its evaluation and save included, ends the process
             with the stacks of its threads on stderr. When one rank hangs the others wait for it in
             a collective, so that every rank's stacks come into the log.
+        around: given the number of a step, from 1, gives what that step runs in.
     Raises:
         WorkError: the loss is not a number; the last checkpoint stays as it is.
     """
-    config = state.model.config
-    config.grad_scale_func = state.optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
-    if state.model.ddp_config.overlap_grad_reduce:
-        config.no_sync_func = state.model.no_sync
-    if state.model.ddp_config.overlap_param_gather:
-        config.param_sync_func = state.model.start_param_sync
-    data = feed.batches(
-        state.iteration - budget.data_start, budget.steps - budget.data_start, workers=workers
+    _connect(state)
+    timer, ranks = StepTimer(device), timing.Ranks()
+    data = timer.batches(
+        feed.batches(
+            state.iteration - budget.data_start, budget.steps - budget.data_start, workers=workers
+        )
     )
     # What is held out is the present data's: a new mix is measured where it begins.
     if held_out and state.iteration == budget.data_start:
         _measure(state, objective, held_out, device, metrics)
+        timing.startup.reached("held-out")
     state.model.train()
     # Collections at random moments make ranks wait for one another; a fixed rhythm does not.
     gc.collect()
     gc.disable()
     saved = state.iteration
+    wall = timing.startup.end()
     try:
         while state.iteration < budget.steps:
             faulthandler.dump_traceback_later(hang_seconds, exit=True)
             began = time.perf_counter()
             rate = float(state.optimizer.param_groups[0]["lr"])
             try:
-                means, grad_norm, asked = _step(state, objective, feed, data, budget, device, stop)
+                with around(state.iteration + 1) if around else nullcontext():
+                    means, grad_norm, asked, forward = _step(
+                        state, objective, feed, data, budget, device, stop, timer
+                    )
             except WorkError:
                 # Every rank is here alike: the checkpoint that is being written is still whole.
                 saver.close()
                 raise
             state.iteration += 1
             seconds = time.perf_counter() - began
+            wall.add(seconds)
+            timed = {"data_seconds": round(timer.data_seconds, 4)}
+            timed |= ranks.look(state.iteration, forward)
             _record(
-                state, objective, feed, budget, metrics, means, rate, grad_norm, seconds, device
-            )
+                state, objective, feed, budget, metrics, means, rate, grad_norm, seconds, device,
+                timed,
+            )  # fmt: skip
             saver.poll()
             if held_out and held_out.every_steps and state.iteration % held_out.every_steps == 0:
                 _measure(state, objective, held_out, device, metrics)
@@ -202,10 +223,21 @@ def train(
         gc.enable()
     assert saved == state.iteration
     if state.iteration < budget.steps:
-        return Outcome(state.iteration, stop.reason or "another rank")
+        return Outcome(state.iteration, stop.reason or "another rank", wall.share())
     if held_out and not (held_out.every_steps and budget.steps % held_out.every_steps == 0):
         _measure(state, objective, held_out, device, metrics)
-    return Outcome(state.iteration, None)
+    return Outcome(state.iteration, None, wall.share())
+
+
+def _connect(state: TrainingState) -> None:
+    """Tell megatron-core's schedule what the optimizer and the gradient buffers do in a step."""
+    config = state.model.config
+    config.grad_scale_func = state.optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if state.model.ddp_config.overlap_grad_reduce:
+        config.no_sync_func = state.model.no_sync
+    if state.model.ddp_config.overlap_param_gather:
+        config.param_sync_func = state.model.start_param_sync
 
 
 def _save(state: TrainingState, saver: Saver, metrics: Metrics) -> int:
@@ -225,13 +257,21 @@ def _step(
     budget: Budget,
     device: torch.device,
     stop: StopRequest,
-) -> tuple[dict[str, float], float, bool]:
-    """One optimizer step: its means, its gradient norm, and whether any rank is to stop."""
-    state.model.zero_grad_buffer()
-    state.optimizer.zero_grad()
-    reports = run_pass(state, objective, feed, data, state.iteration - budget.data_start)
-    totals = _totals(reports, objective.width, device, stop.reason is not None)
-    means = objective.means(totals[:-1])
+    timer: StepTimer,
+) -> tuple[dict[str, float], float, bool, list[float]]:
+    """One optimizer step: its means, its gradient norm, whether any rank is to stop, and how many
+    milliseconds a forward pass took each rank in the step before.
+    """
+    timer.begin_step()
+    with record_function(timing.OPTIMIZER):
+        state.model.zero_grad_buffer()
+        state.optimizer.zero_grad()
+    reports = run_pass(
+        state, objective, feed, data, state.iteration - budget.data_start, timer=timer
+    )
+    width = objective.width
+    totals = _totals(reports, width, device, stop.reason is not None, timer.forward_milliseconds())
+    means = objective.means(totals[:width])
     if not math.isfinite(means["loss"]):
         # Every rank has the same loss here, so every rank stops, and before the update.
         raise WorkError(
@@ -240,8 +280,9 @@ def _step(
             "the last checkpoint is from before; lower optimizer.lr or look at the data",
         )
     if state.iteration == 0 and objective.check_first is not None:
-        objective.check_first(totals[:-1])
-    _, grad_norm, _ = state.optimizer.step()
+        objective.check_first(totals[:width])
+    with record_function(timing.OPTIMIZER):
+        _, grad_norm, _ = state.optimizer.step()
     if not math.isfinite(grad_norm):
         # The weights are spoilt by now, so they must not be saved. The norm is the same on every
         # rank; bf16 has no loss scaler that would skip the step.
@@ -251,7 +292,7 @@ def _step(
             "the last checkpoint is from before; lower optimizer.lr or look at the data",
         )
     state.schedule.step(increment=budget.global_batch)
-    return means, float(grad_norm), totals[-1] > 0
+    return means, float(grad_norm), totals[width] > 0, totals[width + 1 :]
 
 
 def run_pass(
@@ -262,11 +303,14 @@ def run_pass(
     iteration: int,
     *,
     forward_only: bool = False,
+    timer: StepTimer | None = None,
 ) -> list[torch.Tensor]:
     """The micro batches of one step, forwards and backwards: what each reported."""
     sequence_length, micro_batch = feed.shape
     reports: list[torch.Tensor] = get_forward_backward_func()(
-        forward_step_func=objective.forward_step,
+        forward_step_func=timer.forward(objective.forward_step)
+        if timer
+        else objective.forward_step,
         data_iterator=data,
         model=[state.model],
         num_microbatches=feed.accumulation(iteration),
@@ -278,16 +322,20 @@ def run_pass(
 
 
 def _totals(
-    reports: list[torch.Tensor], width: int, device: torch.device, stop: bool
+    reports: list[torch.Tensor], width: int, device: torch.device, stop: bool, own: float = 0.0
 ) -> list[float]:
-    """The reports summed over the global batch, and how many ranks were asked to stop: one
-    reduction for both.
+    """The reports summed over the global batch, how many ranks were asked to stop, and each
+    rank's own number: one reduction for all.
+
+    Returns:
+        [width + 1 + ranks].
     """
-    total = torch.zeros(width + 1, dtype=torch.float64, device=device)
+    total = torch.zeros(width + 1 + dist.get_world_size(), dtype=torch.float64, device=device)
     # The last pipeline stage has the losses; its tensor-parallel ranks have them alike.
     if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
         total[:width] = torch.stack(reports).double().sum(0)
     total[width] = float(stop)
+    total[width + 1 + dist.get_rank()] = own
     dist.all_reduce(total)
     found: list[float] = total.tolist()
     return found
@@ -302,7 +350,7 @@ def evaluate(
     with torch.no_grad():
         reports = run_pass(state, objective, feed, data, 0, forward_only=True)
     state.model.train()
-    return objective.means(_totals(reports, objective.width, device, False)[:-1])
+    return objective.means(_totals(reports, objective.width, device, False)[: objective.width])
 
 
 def _measure(
@@ -335,6 +383,7 @@ def _record(
     grad_norm: float,
     seconds: float,
     device: torch.device,
+    timed: dict[str, Any],
 ) -> None:
     if dist.get_rank() != 0:
         return
@@ -348,6 +397,7 @@ def _record(
         "tokens": after.tokens,
         "seconds": round(seconds, 4),
         "tokens_per_second": round(tokens / seconds, 1),
+        **timed,
     }
     if device.type == "cuda":
         gpus = dist.get_world_size()

@@ -33,6 +33,7 @@ from tanren.data import hub
 from tanren.launch import container, scheduler
 from tanren.launch.scheduler import After, JobRequest, State
 from tanren.launch.submit import Order, shown
+from tanren.plan.bench import Bench
 from tanren.plan.cost import Gpu
 from tanren.plan.paths import TRAINING_STAGES, Part, RunFolder
 from tanren.plan.plan import Machine, Plan, Request
@@ -65,6 +66,7 @@ class Ordered(Strict):
     # Run folders that must be DONE when the job starts.
     needs: tuple[str, ...] = ()
     part: Part | None = None
+    bench: Bench | None = None
 
 
 class Submitted(Strict):
@@ -269,6 +271,7 @@ def _write_order(
         hours=place.hours,
         needs=tuple(map(str, must_be_done)),
         part=request.part,
+        bench=request.bench,
     )
     runs.write_json(folder.order, orjson.loads(frozen.model_dump_json()))
 
@@ -342,6 +345,7 @@ def read_order(folder: RunFolder) -> tuple[Ordered, Request]:
         name=order.name,
         model=order.model,
         part=order.part,
+        bench=order.bench,
     )
     return order, request
 

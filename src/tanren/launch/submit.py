@@ -17,11 +17,12 @@ from tanren import provenance, runs
 from tanren.config.errors import RequestError, TanrenError
 from tanren.config.load import read_model, read_recipe, read_user, recipe_path, repository
 from tanren.config.schema import Convert, Recipe
-from tanren.config.training import Training
+from tanren.config.training import Midtrain, Training
 from tanren.launch import container, inputs, local
 from tanren.launch.container import Container
 from tanren.launch.machine import this_machine, visible_gpus
 from tanren.plan import training
+from tanren.plan.bench import Bench, bench_recipe, made_up_data
 from tanren.plan.midtrain import has_new_data
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import (
@@ -69,6 +70,8 @@ class Order:
     user: tuple[str, ...] = ()
     # The recipe of the variant may be absent: a stage that follows another has seldom one.
     plain_if_absent: bool = False
+    # Run a few steps of the stage to measure it.
+    bench: Bench | None = None
 
     def command(self, verb: str) -> str:
         """This order as a command that can be pasted."""
@@ -105,7 +108,8 @@ def recipe_of(order: Order) -> tuple[str, Recipe]:
     path, variant = order.recipe_file.resolve(), order.variant
     if order.plain_if_absent and not recipe_path(path, variant).exists():
         variant = None
-    return read_recipe(path, variant, list(order.assignments))
+    stage, recipe = read_recipe(path, variant, list(order.assignments))
+    return stage, bench_recipe(recipe, order.bench, path) if order.bench else recipe
 
 
 def refuse_given(order: Order, recipe: Recipe) -> None:
@@ -144,6 +148,7 @@ def read_request(order: Order, machine: Machine | None = None) -> Request:
         model=model,
         inputs=inputs.marks(recipe),
         counts=inputs.counts(recipe),
+        bench=order.bench,
     )
     return with_products(request)
 
@@ -161,11 +166,14 @@ def with_products(request: Request) -> Request:
                 "name another run (stage:midtrain-NAME), or checkpoint:PATH",
             )
         products[name] = read_product(folder)
+    if request.bench and not request.bench.real and isinstance(request.recipe, Midtrain):
+        made_up = Product("preprocess", request.folder.made_up, result=made_up_data(request.recipe))
+        products = {reference(request.recipe.data, request.variant, request.name): made_up}
     laid_out = runs.read_json(request.folder.examples) or {}
     return replace(
         request,
         products=products,
-        begun=_begun(request.folder),
+        begun=None if request.bench else _begun(request.folder),
         steps=laid_out.get("steps"),
         steps_of=laid_out.get("settings"),
     )
@@ -315,6 +323,8 @@ def look(plan: Plan) -> Start:
         RequestError: the folder belongs to other settings, or its newest checkpoint is broken.
     """
     folder = plan.folder
+    if plan.bench is not None:
+        return Start(plan, False, None)
     if folder.plan.exists():
         before = read_plan(folder.plan)
         changed = differences(before.settings, comparable(before.settings, plan.settings))
@@ -354,7 +364,7 @@ def check_disk(plan: Plan) -> None:
     Raises:
         RequestError: too little is free; the message says what would fit.
     """
-    if not isinstance(plan, TrainingPlan):
+    if not isinstance(plan, TrainingPlan) or (plan.bench and not plan.bench.save):
         return
     folder = plan.folder
     there = len(runs.iterations(folder))
@@ -392,6 +402,19 @@ def container_for(
     return replace(inside, binds=container.binds(request.recipe, request.runs, order.binds))
 
 
+# What a bench's folder keeps: its lock, who asked for it, its logs, and by which code it was run.
+_KEPT = (".lock", ".submit", "order.json", "jobs.json", "hosts", "log", "passport.json")
+
+
+def _clear(folder: RunFolder) -> None:
+    """Remove what the bench before this one left: a bench has no history."""
+    for path in folder.root.iterdir():
+        if path.is_dir() and path.name not in _KEPT:
+            shutil.rmtree(path)
+        elif path.name not in _KEPT and path != folder.job:
+            path.unlink()
+
+
 @dataclass(frozen=True)
 class Nodes:
     """The nodes of a job: how to start something on each, and where their processes meet."""
@@ -416,6 +439,8 @@ def start(
         if look(plan).done:
             return None  # by a command that ended between our look and our lock
         folder.done.unlink(missing_ok=True)
+        if plan.bench is not None:
+            _clear(folder)
         value = orjson.loads(plan.model_dump_json())
         runs.write_json(folder.plan, value)
         image = inside.lock.facts() if inside else None

@@ -25,6 +25,12 @@ class Gpu:
     memory_gib: float
 
 
+def peak_tflops(gpu: str, fp8: str = "none") -> float | None:
+    """A GPU's peak of dense matrix products by its name; in FP8 twice that in bf16."""
+    peak = next((value for name, value in PEAK_TFLOPS.items() if gpu.startswith(name)), None)
+    return None if peak is None else peak * (1 if fp8 == "none" else 2)
+
+
 def estimated_hours(
     model: Model, recipe: Training, tokens: int, gpu: Gpu, gpus: int
 ) -> tuple[float, str] | None:
@@ -37,7 +43,7 @@ def estimated_hours(
         return tokens / (rate * gpus) / 3600, (
             f"at {rate:,.0f} tokens/s a GPU, measured on {recipe.measured.on}"
         )
-    peak = next((value for name, value in PEAK_TFLOPS.items() if gpu.name.startswith(name)), None)
+    peak = peak_tflops(gpu.name)
     if peak is None:
         return None
     share = ASSUMED_SHARE["none" if recipe.fp8 == "none" else "fp8"]

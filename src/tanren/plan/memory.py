@@ -34,8 +34,12 @@ class Memory(Strict):
 
 def checkpoint_gib(model: Model, precision: str, lora: Lora | None = None) -> float:
     """Size of one checkpoint: what is trained, and the optimizer's master copy and two moments."""
-    trained = model.parameters if lora is None else model.layers * _adapters(model, lora)
-    return trained * (14 if precision == "bf16" else 12) / GIB
+    return trained_parameters(model, lora) * (14 if precision == "bf16" else 12) / GIB
+
+
+def trained_parameters(model: Model, lora: Lora | None = None) -> int:
+    """All parameters, or those of the adapters."""
+    return model.parameters if lora is None else model.layers * _adapters(model, lora)
 
 
 def _adapters(model: Model, lora: Lora) -> int:

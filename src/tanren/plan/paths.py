@@ -13,7 +13,7 @@ PREPARING_STAGES = ("preprocess", "convert")
 
 
 def run_name(stage: str, variant: str | None, name: str | None, of: str | None = None) -> str:
-    """`midtrain`, `midtrain.100B`, `midtrain.100B-try2`.
+    """`midtrain`, `midtrain.100B`, `midtrain.100B-try2`; of a bench `bench.midtrain.100B`.
 
     Args:
         of: the stage that is exported: `export`, `export.sft`, `export.sft.100B-try2`.
@@ -165,6 +165,16 @@ class RunFolder:
     def index_cache(self) -> Path:
         """Where megatron-core keeps the sample order of a blend."""
         return self.root / "cache"
+
+    @property
+    def bench(self) -> Path:
+        """What a bench measured."""
+        return self.root / "bench.json"
+
+    @property
+    def made_up(self) -> RunFolder:
+        """Where a bench has random tokens, as preprocess has real ones."""
+        return RunFolder(self.root / "random")
 
     @property
     def examples(self) -> Path:

@@ -21,6 +21,7 @@ from tanren.config.model import Model
 from tanren.config.schema import STAGES, Convert, Export, Recipe
 from tanren.config.training import Dpo, Midtrain, Sft, Training, Tuning
 from tanren.plan.batch import Batch, Cut
+from tanren.plan.bench import Bench
 from tanren.plan.cost import Gpu
 from tanren.plan.memory import Memory
 from tanren.plan.mix import Mixture
@@ -104,11 +105,14 @@ class Request:
     steps_of: str | None = None
     # The part of the stage that is asked for; None for the whole.
     part: Part | None = None
+    # The recipe is that of a bench of the stage, not the stage's own.
+    bench: Bench | None = None
 
     @property
     def folder(self) -> RunFolder:
         of = stage_of(stage_name(self.recipe.of)) if isinstance(self.recipe, Export) else None
-        whole = RunFolder(self.runs / self.task / run_name(self.stage, self.variant, self.name, of))
+        stage = f"bench.{self.stage}" if self.bench else self.stage
+        whole = RunFolder(self.runs / self.task / run_name(stage, self.variant, self.name, of))
         return whole.part(self.part) if self.part else whole
 
 
@@ -144,10 +148,17 @@ class PlanBase(Strict):
     settings: dict[str, Any]
     # What a person should know beside the numbers.
     notes: tuple[str, ...] = ()
+    # Of a stage that is run to be measured.
+    bench: Bench | None = None
 
     @property
     def folder(self) -> RunFolder:
         return RunFolder(Path(self.run))
+
+    @property
+    def made_up(self) -> bool:
+        """Whether the run reads random data, and begins from random weights."""
+        return self.bench is not None and not self.bench.real
 
 
 class PreprocessPlan(PlanBase):
@@ -167,6 +178,7 @@ class ConvertPlan(PlanBase):
 class TrainingPlan(PlanBase):
     """What the plans of all stages that train share."""
 
+    stage: Literal["midtrain", "sft", "dpo"]
     recipe: Training
     model: Model
     precision: Literal["bf16", "fp32"]
@@ -309,6 +321,7 @@ def common(request: Request, settings: dict[str, Any], launch: Launch) -> dict[s
         "run": str(request.folder.root),
         "launch": launch,
         "settings": settings,
+        "bench": request.bench,
     }
 
 

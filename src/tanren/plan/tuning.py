@@ -47,7 +47,8 @@ def tuning_plan(request: Request, recipe: Tuning) -> SftPlan | DpoPlan:
             "be its own reference where it begins",
             "--set fp8=none",
         )
-    if recipe.lora is not None and recipe.init == "scratch":
+    made_up = request.bench is not None and not request.bench.real
+    if recipe.lora is not None and recipe.init == "scratch" and not made_up:
         raise RequestError(
             f"{place}: lora",
             "trains adapters beside a base, and init: scratch has none",
@@ -60,7 +61,7 @@ def tuning_plan(request: Request, recipe: Tuning) -> SftPlan | DpoPlan:
     if isinstance(recipe, Sft):
         check_divides(f"{place}: global_batch", recipe.global_batch, recipe, data_parallel)
     base = begin(request, recipe, "convert", *TRAINING_STAGES)
-    tokenizer = _tokenizer(request, recipe, base)
+    tokenizer = None if made_up else _tokenizer(request, recipe, base)
     _check_template(recipe, base, place)
     inputs: dict[str, Any] = {**request.inputs, "init": base.identity}
     if recipe.tokenizer is not None and recipe.tokenizer.startswith("stage:"):

@@ -31,6 +31,7 @@ from tanren.launch.clusters import Row
 from tanren.launch.submit import shown
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import ConvertPlan, ExportPlan, Plan, TrainingPlan
+from tanren.report.bench import print_bench
 from tanren.report.conversation import print_sets
 
 PLAIN_SECONDS = 10.0
@@ -176,6 +177,8 @@ def summary(plan: Plan, screen: Console) -> None:
         screen.print(
             f"  {plan.model.parameters / 1e6:,.1f} M parameters from {shown(result['hf'])}"
         )
+    elif plan.bench is not None:
+        print_bench(runs.read_json(plan.folder.bench), plan.folder, screen)
     elif isinstance(plan, TrainingPlan):
         _training_summary(plan, result, screen)
     elif isinstance(plan, ExportPlan):

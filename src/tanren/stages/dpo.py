@@ -21,7 +21,7 @@ from tanren.engine.checkpoint import TrainingState
 from tanren.engine.fingerprint import fingerprint
 from tanren.engine.packed import packed_forward
 from tanren.plan.plan import DpoPlan, digest
-from tanren.stages import training, tuning
+from tanren.stages import synthetic, training, tuning
 from tanren.stages.reference import Kept, LogProbs, Reference
 from tanren.stages.training import Session
 from tanren.stages.tuning import Data
@@ -39,7 +39,13 @@ def run(plan: DpoPlan, attempt: int) -> None:
     train = _pairs(data, data.items, recipe.global_batch, recipe.epochs)
     steps = tuning.lay_out(plan, data, train, session.ranks)
     state = training.make_state(plan, steps)
-    if recipe.preference.loss == "simpo":
+    compared = recipe.preference.loss != "simpo"
+    if plan.made_up:
+        training.start(plan, state)
+        data = data.with_reference(
+            synthetic.reference(plan, data.examples.trained) if compared else None
+        )
+    elif not compared:
         training.start(plan, state)
     else:
         reference = _reference(session, data, state)
@@ -54,7 +60,7 @@ def run(plan: DpoPlan, attempt: int) -> None:
             width=len(preference.REPORT),
             means=partial(preference.means, recipe.preference),
             shown=("loss", "margin", "accuracy"),
-            check_first=None if recipe.preference.loss == "simpo" else _check_first,
+            check_first=_check_first if compared and not plan.made_up else None,
         ),
         data.feed(train, device),
         tuning.held_out(

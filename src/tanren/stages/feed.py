@@ -54,7 +54,7 @@ class RowFeed:
         self.lengths, self.trained = lengths, trained
         # The sampler, the loop, the dataset and the count of tokens ask for the same steps.
         self._rows_of = lru_cache(maxsize=8)(rows.rows)
-        self._work = [Work(0, 0.0)]
+        self._work = [Work(0, 0.0, 0)]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -77,11 +77,12 @@ class RowFeed:
         while len(self._work) <= iteration:
             examples = np.concatenate(self._rows_of(len(self._work) - 1))
             lengths = self.lengths[examples]
-            flops = self.model.flops(
-                int(lengths.sum()), int((lengths**2).sum()), int(self.trained[examples].sum())
-            )
+            tokens, trained = int(lengths.sum()), int(self.trained[examples].sum())
+            flops = self.model.flops(tokens, int((lengths**2).sum()), trained)
             before = self._work[-1]
-            self._work.append(Work(before.tokens + int(lengths.sum()), before.flops + flops))
+            self._work.append(
+                Work(before.tokens + tokens, before.flops + flops, before.predicted + trained)
+            )
         return self._work[iteration]
 
     def _keys(self, first: int, last: int) -> Iterator[list[Any]]:

@@ -23,7 +23,7 @@ from tanren.engine.loss import token_loss
 from tanren.plan.checks import check_vocabulary
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import MidtrainPlan
-from tanren.stages import training
+from tanren.stages import synthetic, training
 from tanren.stages.convert import check_tokenizers
 
 logger = logging.getLogger("tanren")
@@ -53,7 +53,25 @@ def run(plan: MidtrainPlan, attempt: int) -> None:
 
 
 def _data(plan: MidtrainPlan) -> blend.Blend:
-    """Check the token files and lay out the samples of the present mix, to the run's end."""
+    """Lay out the samples of the present mix, to the run's end."""
+    assert plan.mix is not None
+    tokenizer = synthetic.tokens(plan) if plan.made_up else _tokens(plan)
+    evaluation = plan.recipe.evaluation
+    return blend.build(
+        plan.mix.sources,
+        split=plan.recipe.split,
+        sequence_length=plan.recipe.sequence_length,
+        train_samples=(plan.batch.steps - plan.data_start) * plan.recipe.global_batch,
+        held_out_samples=evaluation.sequences if evaluation else 0,
+        seed=plan.recipe.seed,
+        tokenizer=tokenizer,
+        cache=plan.folder.index_cache,
+        data=str(plan.settings["inputs"]["data"]),
+    )
+
+
+def _tokens(plan: MidtrainPlan) -> blend.DatasetTokenizer:
+    """Check the token files, and that they are made with the base's tokenizer."""
     assert plan.mix is not None
     for source in plan.mix.sources:
         counts = indexed.check(Path(source.prefix))
@@ -68,18 +86,7 @@ def _data(plan: MidtrainPlan) -> blend.Blend:
     if plan.hf_source is not None and dist.get_rank() == 0:
         base = hf.locate(plan.hf_source) if plan.start.startswith("hf:") else Path(plan.hf_source)
         check_tokenizers(base, str(tokenizer.folder), plan.recipe_file)
-    evaluation = plan.recipe.evaluation
-    return blend.build(
-        plan.mix.sources,
-        split=plan.recipe.split,
-        sequence_length=plan.recipe.sequence_length,
-        train_samples=(plan.batch.steps - plan.data_start) * plan.recipe.global_batch,
-        held_out_samples=evaluation.sequences if evaluation else 0,
-        seed=plan.recipe.seed,
-        tokenizer=blend.DatasetTokenizer(tokenizer.size, tokenizer.eod),
-        cache=plan.folder.index_cache,
-        data=str(plan.settings["inputs"]["data"]),
-    )
+    return blend.DatasetTokenizer(tokenizer.size, tokenizer.eod)
 
 
 def forward_step(data: Iterator[blend.Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
@@ -135,7 +142,7 @@ class Samples:
     def work(self, iteration: int) -> loop.Work:
         length = self.plan.recipe.sequence_length
         tokens = (self.plan.data_start + iteration) * self.a_step * length
-        return loop.Work(tokens, tokens * self.plan.model.flops_per_token(length))
+        return loop.Work(tokens, tokens * self.plan.model.flops_per_token(length), tokens)
 
 
 def _held_out(plan: MidtrainPlan, data: blend.Blend, device: torch.device) -> loop.HeldOut | None:

@@ -18,12 +18,14 @@ from tanren.config.errors import RequestError
 from tanren.config.training import Lora, Tuning
 from tanren.convert import hf, mcore
 from tanren.convert import lora as adapters_of
-from tanren.engine import distributed, loop, lora
+from tanren.engine import distributed, loop, lora, timing
 from tanren.engine import model as models
 from tanren.engine.checkpoint import Saver, TrainingState, load, load_base
 from tanren.engine.log import Metrics
 from tanren.engine.optimizer import build_optimizer, build_schedule
+from tanren.engine.profile import Rates
 from tanren.plan.plan import TrainingPlan, digest
+from tanren.stages import bench
 from tanren.stages.convert import convert_base
 
 logger = logging.getLogger("tanren")
@@ -37,10 +39,13 @@ class Session:
     attempt: int
     ranks: distributed.Ranks
     stop: loop.StopRequest
+    # Of a bench: what the device does at best.
+    rates: Rates | None = None
 
 
 def begin(plan: TrainingPlan, attempt: int) -> Session:
     """Join the process group, and listen to requests to stop."""
+    timing.startup.reached("imports")
     deadline = os.environ.get("TANREN_DEADLINE")
     stop = loop.StopRequest(
         # One rank asks the file system; the others hear of it with the loss.
@@ -50,16 +55,19 @@ def begin(plan: TrainingPlan, attempt: int) -> Session:
     stop.install()
     recipe, layout = plan.recipe, plan.recipe.layout
     ranks = distributed.initialize(layout, plan.launch.device, recipe.seed)
+    timing.startup.reached("process groups")
     logger.info(
         "%.2f B parameters on %d x %s: tensor %d, pipeline %d, context %d, data %d; %s, fp8 %s",
         plan.model.parameters / 1e9, ranks.world, ranks.device.type, layout.tensor,
         layout.pipeline, layout.context, plan.batch.data_parallel, plan.precision, recipe.fp8,
     )  # fmt: skip
-    return Session(plan, attempt, ranks, stop)
+    rates = bench.rates_of(plan, ranks.device) if plan.bench else None
+    return Session(plan, attempt, ranks, stop, rates)
 
 
 def make_state(plan: TrainingPlan, steps: int, z_loss: float = 0.0) -> TrainingState:
     """The model with random weights, its optimizer and its schedule."""
+    timing.startup.reached("data")
     recipe = plan.recipe
     config = models.transformer_config(
         plan.model,
@@ -77,6 +85,7 @@ def make_state(plan: TrainingPlan, steps: int, z_loss: float = 0.0) -> TrainingS
         recipe.schedule, recipe.optimizer, optimizer,
         steps=steps, global_batch=recipe.global_batch,
     )  # fmt: skip
+    timing.startup.reached("model")
     return TrainingState(model, optimizer, schedule, plan.model)
 
 
@@ -160,11 +169,17 @@ def train(
         made: what DONE says beside what all trainings say.
     """
     plan, ranks, settings = session.plan, session.ranks, session.plan.recipe.checkpoints
+    timing.startup.reached("base")
     logger.info("%d steps of %d samples", budget.steps, budget.global_batch)
     folder = plan.folder
     metrics = Metrics(
         folder.metrics, folder.tensorboard, attempt=session.attempt, enabled=ranks.is_first
     )
+    measuring, saver = None, Saver
+    if plan.bench is not None:
+        assert session.rates is not None
+        measuring = bench.Measuring(plan, plan.bench, state, feed, session.rates, ranks.device)
+        saver = bench.saver_of(plan.bench)
     outcome = loop.train(
         state,
         objective,
@@ -172,14 +187,17 @@ def train(
         held_out,
         budget,
         device=ranks.device,
-        saver=Saver(folder, keep_last=settings.keep_last, reshard=settings.reshard),
+        saver=saver(folder, keep_last=settings.keep_last, reshard=settings.reshard),
         save_every=settings.every_steps,
         metrics=metrics,
         stop=session.stop,
         workers=2 if ranks.device.type == "cuda" else 0,
         hang_seconds=plan.recipe.job.hang_minutes * 60,
+        around=measuring.around if measuring else None,
     )
     metrics.close()
+    if measuring is not None and outcome.stopped is None:
+        measuring.write()
     if ranks.is_first:
         _close(plan, outcome, budget, made)
     distributed.finalize()
@@ -209,6 +227,8 @@ def _close(
             "loss": _ends(losses),
             "held_out": _held_out(plan, budget.data_start),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "start_seconds": round(timing.startup.seconds, 2),
+            "in_steps": round(outcome.in_steps, 4),
             **made(),
         },
     )

@@ -28,6 +28,7 @@ from tanren.engine.distributed import Ranks
 from tanren.plan.checks import check_schedule, check_vocabulary
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import TuningPlan, digest
+from tanren.stages import synthetic
 from tanren.stages.convert import check_tokenizers
 from tanren.stages.feed import RowFeed
 
@@ -144,6 +145,16 @@ def read(plan: TuningPlan, ranks: Ranks) -> Data:
 
     The first rank makes them; the others wait.
     """
+    tokenized = [synthetic.conversations(plan)] if plan.made_up else _tokenized(plan, ranks)
+    choice = selection.choose(tokenized, plan.recipe, plan.recipe_file)
+    examples = Examples(choice)
+    end_ids = sorted({end for one in choice.sets for end in one.end_ids})
+    data = Data(plan, examples, choice.rows, np.empty(0, dtype=np.int64), tuple(end_ids))
+    return replace(data, dev=data.items_of(choice.dev))
+
+
+def _tokenized(plan: TuningPlan, ranks: Ranks) -> list[token_cache.Tokenized]:
+    """The tokens of all sets that are read, made where they are not there."""
     kind, cache = plan.stage, Path(plan.cache)
     folder = plan.folder.tokenizer
     sets = [one for one in plan.recipe.datasets if one.max_samples != 0]
@@ -155,12 +166,7 @@ def read(plan: TuningPlan, ranks: Ranks) -> Data:
             for one in sets
         ]
     dist.broadcast_object_list(made, 0)
-    tokenized = [token_cache.read(path, one, kind) for path, one in zip(made, sets, strict=True)]
-    choice = selection.choose(tokenized, plan.recipe, plan.recipe_file)
-    examples = Examples(choice)
-    end_ids = sorted({end for one in choice.sets for end in one.end_ids})
-    data = Data(plan, examples, choice.rows, np.empty(0, dtype=np.int64), tuple(end_ids))
-    return replace(data, dev=data.items_of(choice.dev))
+    return [token_cache.read(path, one, kind) for path, one in zip(made, sets, strict=True)]
 
 
 def make_tokenizer(plan: TuningPlan, folder: Path) -> Path:
