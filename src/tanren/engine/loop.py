@@ -166,7 +166,7 @@ def train(
         WorkError: the loss is not a number; the last checkpoint stays as it is.
     """
     _connect(state)
-    timer, ranks = StepTimer(device), timing.Ranks()
+    timer, ranks = StepTimer(device), timing.Ranks(device)
     data = timer.batches(
         feed.batches(
             state.iteration - budget.data_start, budget.steps - budget.data_start, workers=workers

@@ -15,7 +15,7 @@ from megatron.core.utils import unwrap_model
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from tanren.engine.kernels import Interval, Kernel, Step
+from tanren.engine.timeline import Interval, Kernel, Step
 from tanren.engine.timing import DATA, OPTIMIZER
 
 _STEP, _HEAD = "tanren.step", "tanren.head"
@@ -157,7 +157,8 @@ def _interval(event: Any) -> Interval:
 def _is_work(event: Any) -> bool:
     """Whether an event of the device is a kernel or a copy, and no mark."""
     kind = getattr(event, "activity_type", str)()
-    if kind:
+    # Not every version of torch says it, or in words.
+    if isinstance(kind, str) and kind:
         return kind in _DEVICE_WORK
     return not event.is_user_annotation() and not event.name().startswith("ProfilerStep")
 

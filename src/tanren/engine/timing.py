@@ -213,7 +213,7 @@ class SlowRank:
 class Ranks:
     """Watches the forward times of all ranks; where each runs is asked for once."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         """Every rank calls this at the same time."""
         world = dist.get_world_size()
         pipeline = parallel_state.get_pipeline_model_parallel_world_size()
@@ -222,6 +222,8 @@ class Ranks:
         here = (socket.gethostname(), os.environ.get("LOCAL_RANK", "0"))
         self._places: list[Any] = [None] * world
         dist.all_gather_object(self._places, here)
+        # Processes that share a CPU's cores slow one another down: that is worth no word.
+        self._on_gpu = device.type == "cuda"
         self._slow = SlowRank()
 
     def look(self, step: int, milliseconds: Sequence[float]) -> dict[str, Any]:
@@ -229,7 +231,7 @@ class Ranks:
         found = slowest(milliseconds, self._stages)
         if found is None:
             return {}
-        if self._slow.look(step, found) and dist.get_rank() == 0:
+        if self._on_gpu and self._slow.look(step, found) and dist.get_rank() == 0:
             host, gpu = self._places[found.rank]
             logger.warning(
                 "rank %d (%s, local GPU %s) is slow: a forward pass takes it %.1f ms, %.0f %% over "

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from tanren import runs
 from tanren.engine import loop, timing
 from tanren.engine.checkpoint import Saver, TrainingState
-from tanren.engine.kernels import CATEGORIES, Step, most_expensive, split
 from tanren.engine.profile import Rates, StepTracer, measure_rates
+from tanren.engine.timeline import CATEGORIES, Step, most_expensive, split
 from tanren.plan.bench import Bench, least_work
 from tanren.plan.cost import peak_tflops
 from tanren.plan.plan import TrainingPlan

@@ -37,7 +37,7 @@ _NAMES = tuple(
         ("gemm", r"nvjet|gemm|gemv|xmma|cutlass|cublas|splitk|matmul"
                  r"|aten::(mm|addmm|bmm|baddbmm|addbmm|linear|einsum)\b|mkldnn_linear"),
         ("fp8_cast", rf"^(?!aten::).*transpose|quantize|amax|scale_inv|swizzle|{_FP8}"),
-        ("elementwise", r"elementwise|copy|mem(cpy|set)|swiglu|silu|gelu|rope|rotary|triton_"
+        ("elementwise", r"elementwise|copy|mem(cpy|set)|swiglu|silu|gelu|rope|rota(ry|te)|triton_"
                         r"|catarray|reduce|fill|index|gather|scatter|embedding|softmax|gated|nvfuser|fused"
                         r"|aten::"),
     )
