@@ -1,4 +1,4 @@
-"""The kernels between a layer's matrix products, against torch in fp64."""
+"""The kernels between matrix products, against torch in fp64."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 def check(device: str, **environment: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.layer_kernel_check", device],
+        [sys.executable, "-m", "tests.engine.layers_check", device],
         cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "checked 4\n"
+    assert done.stdout == "checked 8\n"
 
 
 @has_triton

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from tanren.engine.layer_kernels import split_and_rotate, swiglu
+from tanren.engine.kernels import split_and_rotate, swiglu
 
 
 class RotaryAttention(SelfAttention):
@@ -54,11 +54,8 @@ def _turned(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return turned
 
 
-class SwiGLU(torch.nn.Module):
+class SwiGLU(MegatronModule):
     """The activation between fc1 (gate and up, one after the other) and fc2."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
 
     def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
         """[sequence, batch, 2 x width] to [sequence, batch, width]."""

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from megatron.core import optimizer as optimizers
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -26,6 +27,9 @@ def build_optimizer(
     bf16 = precision == "bf16"
     kept: dict[str, Any] = {}
     if bf16 and torch.cuda.is_available():
+        from tanren.engine.adam import Adam
+
+        optimizers.Adam = Adam
         moments = torch.bfloat16 if settings.moments == "bf16" else torch.float32
         in_fp32 = model.ddp_config.grad_reduce_in_fp32
         kept = {

@@ -1,4 +1,4 @@
-"""Run by test_layers.py, `python -m tests.engine.layer_kernel_check cpu|cuda`: Triton and torch.
+"""Run by test_layers.py, `python -m tests.engine.layers_check cpu|cuda`: Triton and torch.
 
 On a CPU with TRITON_INTERPRET=1, which Triton must find when it is imported.
 """
@@ -10,7 +10,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from tanren.engine.layer_kernels import split_and_rotate, swiglu
+from tanren.engine.kernels import adam_step, split_and_rotate, swiglu
 
 # Groups of keys, queries of each, and the size of a head: of llm-jp-4-8b, and odd ones.
 HEADS = ((8, 4, 128), (1, 1, 64), (3, 2, 24))
@@ -62,8 +62,40 @@ def turned(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return heads * angles.double().cos() + other * angles.double().sin()
 
 
+def check_adam(device: str, moments: torch.dtype, gradients: torch.dtype) -> None:
+    """Three steps of a master weight in two halves, and of the same in fp64."""
+    torch.manual_seed(3)
+    master = torch.randn(2500)
+    master[:5] = torch.tensor([0.0, -0.0, 1e-40, -1.99999, 65504.0])
+    bits = master.view(torch.int32)
+    low = bits.to(torch.int16)
+    weight = ((bits >> 16) + (low < 0).int()).to(torch.int16).view(torch.bfloat16).to(device)
+    remainder = low.to(device)
+    first, second = (torch.zeros(2500, dtype=moments, device=device) for _ in range(2))
+    expected, m, v = master.double(), torch.zeros(2500).double(), torch.zeros(2500).double()
+    for step in (1, 2, 3):
+        gradient = torch.randn(2500).to(gradients)
+        adam_step(
+            weight, remainder, gradient.to(device), first, second, rate=1e-2, betas=(0.9, 0.95),
+            epsilon=1e-8, decay=0.1, step=step,
+        )  # fmt: skip
+        m = 0.9 * m + 0.1 * gradient.double()
+        v = 0.95 * v + 0.05 * gradient.double().square()
+        corrected = (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
+        expected = expected - 1e-2 * (corrected + 0.1 * expected)
+    high, low = weight.cpu().view(torch.int16).int(), remainder.cpu().int()
+    found = (((high - (low < 0).int()) << 16) | (low & 0xFFFF)).view(torch.float32)
+    # bf16 moments lose 2**-9 of themselves a step, of an update of 1e-2.
+    near = 1e-6 if moments == torch.float32 else 3e-4
+    torch.testing.assert_close(found, expected.float(), rtol=1e-6, atol=near)
+    assert torch.equal(weight.cpu().float(), found.bfloat16().float())
+
+
 if __name__ == "__main__":
     check_swiglu(sys.argv[1])
+    for moments in (torch.float32, torch.bfloat16):
+        for gradients in (torch.float32, torch.bfloat16):
+            check_adam(sys.argv[1], moments, gradients)
     for heads in HEADS:
         check_rotation(sys.argv[1], *heads)
-    print("checked", 1 + len(HEADS))
+    print("checked", 5 + len(HEADS))

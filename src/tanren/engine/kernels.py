@@ -1,4 +1,4 @@
-"""Triton kernels for what lies between a layer's matrix products. GPU runs alone import this file.
+"""Triton kernels for what lies between matrix products. GPU runs alone import this file.
 
 Each moves its bytes once: a micro batch of 8,192 tokens of llm-jp-4-8b spends a quarter of a layer
 outside its matrix products, and what megatron-core and Transformer Engine run there takes two to
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-# Elements that one program of the SwiGLU kernels takes of a row.
+# Elements that one program takes, of a row of SwiGLU and of a parameter.
 _BLOCK = 1024
 
 
@@ -202,3 +202,53 @@ def split_and_rotate(
         mixed, angles.contiguous(), groups
     )
     return found
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _adam(  # type: ignore[no-untyped-def]
+    weight, remainder, gradient, first, second, size,
+    rate, beta1, beta2, epsilon, decay, correction1, correction2, block: tl.constexpr,
+):  # fmt: skip
+    """The fp32 master weight is bf16's 16 bits and 16 more; where those are a half or above, bf16
+    was rounded up to it.
+    """
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = at < size
+    high = tl.load(weight + at, inside, other=0).to(tl.int32)
+    low = tl.load(remainder + at, inside, other=0).to(tl.int32)
+    bits = ((high - (low < 0).to(tl.int32)) << 16) | (low & 0xFFFF)
+    master = bits.to(tl.float32, bitcast=True)
+    g = tl.load(gradient + at, inside, other=0.0).to(tl.float32)
+    m = beta1 * tl.load(first + at, inside, other=0.0).to(tl.float32) + (1 - beta1) * g
+    v = beta2 * tl.load(second + at, inside, other=0.0).to(tl.float32) + (1 - beta2) * g * g
+    update = (m / correction1) / (tl.sqrt(v / correction2) + epsilon) + decay * master
+    bits = (master - rate * update).to(tl.int32, bitcast=True)
+    low = bits.to(tl.int16)
+    high = (bits >> 16) + (low < 0).to(tl.int32)
+    tl.store(weight + at, high.to(tl.int16), inside)
+    tl.store(remainder + at, low, inside)
+    tl.store(first + at, m.to(first.dtype.element_ty), inside)
+    tl.store(second + at, v.to(second.dtype.element_ty), inside)
+
+
+def adam_step(
+    weight: torch.Tensor, remainder: torch.Tensor, gradient: torch.Tensor, first: torch.Tensor,
+    second: torch.Tensor, *, rate: float, betas: tuple[float, float], epsilon: float, decay: float,
+    step: int,
+) -> None:  # fmt: skip
+    """One step of AdamW (Loshchilov & Hutter 2019), computed in fp32, in place.
+
+    Args:
+        weight: bf16.
+        remainder: int16, what the fp32 master weight has below it.
+        gradient: fp32 or bf16; the moments `first` and `second` as well.
+        step: counted from 1, for the correction of the moments' bias.
+    """
+    size = weight.numel()
+    if not size:
+        return
+    beta1, beta2 = betas
+    _adam[(triton.cdiv(size, _BLOCK),)](
+        weight.view(torch.int16), remainder, gradient, first, second, size,
+        rate, beta1, beta2, epsilon, decay, 1 - beta1**step, 1 - beta2**step, block=_BLOCK,
+    )  # fmt: skip
