@@ -153,14 +153,20 @@ class SegmentsOnly(torch.nn.Module):
 
 
 def step(
-    shape: Model, layout: Layout, folder: Path, *, thd: bool = False, known: bool = True
-) -> Found:
+    shape: Model, layout: Layout, folder: Path,
+    *, thd: bool = False, known: bool = True, overlap: bool = False,
+) -> Found:  # fmt: skip
     """One global batch as the training loop takes it: losses, report, this rank's gradients.
 
     Args:
         known: tell the model beforehand what each loss counts, as SFT does, and DPO cannot.
+        overlap: reduce gradients as soon as the last micro batch has made them, as on GPUs.
     """
-    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from tanren.engine import head, packed
@@ -176,7 +182,14 @@ def step(
         shape_of_batch = (ROWS * WIDTH, 1)
         for layer in bare.decoder.layers:
             layer.self_attention.core_attention = SegmentsOnly()
-    model = models.wrap_for_training(bare)
+    if overlap:
+        settings = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, overlap_grad_reduce=True, bucket_size=4096
+        )
+        model = DistributedDataParallel(bare.config, settings, bare)
+        model.config.no_sync_func = model.no_sync
+    else:
+        model = models.wrap_for_training(bare)
     model.config.finalize_model_grads_func = finalize_model_grads
     losses: list[torch.Tensor] = []
 
@@ -296,5 +309,8 @@ def pair(rank: int, folder: Path) -> None:
             start(layout)
             found[word] = step(shape, layout, folder / name)
             found[f"{word}, unknown"] = step(shape, layout, folder / name, known=False)
+        # Both on the same data, so that the mean over all tokens is that of either.
+        start(Layout())
+        found["data, overlapped"] = step(shape, Layout(), folder / name, overlap=True)
         torch.save(found, folder / name / f"{rank}.pt")
     dist.destroy_process_group()

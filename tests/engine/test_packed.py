@@ -130,6 +130,16 @@ def test_two_processes_find_what_one_does(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_are_reduced_after_the_last_of_them(folder: Path, shape: str) -> None:
+    """Of two data-parallel ranks, whose buckets are reduced while the backward pass goes on."""
+    reference = read(folder / shape / "single.pt")["transformers"]
+    for rank in range(2):
+        found = read(folder / shape / f"{rank}.pt")["data, overlapped"]["gradients"]
+        assert len(found) == (14 if shape == "tied" else 15)
+        assert_same_gradients(found, reference["gradients"])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_an_examples_mean_is_the_loss_that_transformers_gives(folder: Path, shape: str) -> None:
     found = read(folder / shape / "single.pt")
     packed = torch.cat(found["rows, none"]["losses"][:2])
