@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# 24 columns of which 11 are real, so that of two ranks the second one has padding alone.
+# 24 columns of which 11 are real: of three ranks the second has padding too, the third it alone.
 TOKENS, WIDTH, PADDED, REAL = 15, 16, 24, 11
 # Four tokens at a time, and more than there are.
 CHUNKS = (4, 64)

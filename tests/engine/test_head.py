@@ -34,11 +34,11 @@ from tests.engine.head_runs import (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one rank found, and each of two."""
+    """What one rank found, and each of three."""
 
     def make(tanren: Tanren) -> None:
         tanren.runs.mkdir()
-        for ranks in (1, 2):
+        for ranks in (1, 3):
             multiprocessing.spawn(run, (ranks, tanren.runs), ranks)
 
     return _made_once(tmp_path_factory, "head", make)
@@ -54,7 +54,7 @@ def whole(tmp_path: Path) -> Iterator[head.Vocabulary]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_losses_and_gradients_are_those_of_the_whole_vocabulary_in_fp64(
     folder: Path, ranks: int, case: tuple[torch.dtype, float, int | None, torch.dtype | None]
