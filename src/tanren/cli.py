@@ -668,6 +668,7 @@ def job(run: Path, segment: Annotated[int, typer.Option("--segment")] = 1) -> No
     """What a scheduler's job calls on its first node."""
     from tanren.launch import job as jobs
     from tanren.plan.paths import RunFolder
+    from tanren.plan.plan import read_plan
     from tanren.report import terminal
 
     screen = terminal.console()
@@ -676,6 +677,10 @@ def job(run: Path, segment: Annotated[int, typer.Option("--segment")] = 1) -> No
     )
     if ending is not None:
         raise ending
+    done = read_plan(RunFolder(run).plan)
+    if done.bench is not None:
+        # Nobody waits at a terminal: it goes to the job's log.
+        terminal.summary(done, screen)
 
 
 @app.command(epilog="Example: bin/tanren status")

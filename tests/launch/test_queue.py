@@ -232,6 +232,16 @@ def test_a_job_runs_what_was_asked_for_when_it_was_submitted(cluster: Cluster) -
     assert (folder.root / "passport.json").exists()
 
 
+def test_a_bench_is_a_job_whose_log_ends_with_its_table(empty: Cluster) -> None:
+    sets = ("precision=fp32", "sequence_length=64")
+    words = ("bench", str(RECIPES / "midtrain.yaml"), "--type", "cpu", "--steps", "4")
+    assert "midtrain submitted: job 100" in empty.tanren(*words, sets=sets).out
+    done = empty.run(0)
+    assert done.code == 0, done.text
+    assert "tokens/s a process" in done.out
+    assert done.out.rstrip().endswith("bench.json")
+
+
 def test_a_chain_stops_before_its_walltime_saves_and_goes_on(cluster: Cluster) -> None:
     done = cluster.midtrain("--chain", "3")
     assert done.code == 0, done.text

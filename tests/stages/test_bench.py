@@ -47,7 +47,7 @@ def test_a_bench_needs_nothing_else_and_begins_anew(tmp_path: Path) -> None:
     phases = found["start"]["phases"]
     assert {"imports", "process groups", "data", "model", "base"} <= set(phases)
     assert sum(phases.values()) == pytest.approx(found["start"]["seconds"], abs=0.1)
-    assert f"{rate:,.0f} tokens/s a GPU" in done.out
+    assert f"{rate:,.0f} tokens/s a process" in done.out
     assert "matrix products" in done.out
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]

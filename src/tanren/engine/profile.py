@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from tanren.engine.timeline import Interval, Kernel, Step
 from tanren.engine.timing import DATA, OPTIMIZER
 
+logger = logging.getLogger("tanren")
 _STEP, _HEAD = "tanren.step", "tanren.head"
 _OURS = (_STEP, _HEAD, DATA, OPTIMIZER)
 # Calls of CUDA's runtime and driver, such as cudaLaunchKernel and cuLaunchKernelEx.
@@ -246,13 +248,17 @@ def _fp8_seconds(a: torch.Tensor, b: torch.Tensor, repeats: int) -> float | None
     one = torch.ones((), device=a.device)
     # The second matrix is column by column, as Hopper wants it.
     left, right = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
-    return _seconds(
-        lambda: torch._scaled_mm(
+
+    def multiply() -> torch.Tensor:
+        return torch._scaled_mm(
             left, right, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
-        ),
-        repeats,
-        on_gpu=True,
-    )
+        )
+
+    try:
+        return _seconds(multiply, repeats, on_gpu=True)
+    except RuntimeError as error:  # not every build of torch has it
+        logger.warning("the rate of FP8 products is left out: %s", error)
+        return None
 
 
 def _seconds(work: Callable[[], Any], repeats: int, on_gpu: bool) -> float:

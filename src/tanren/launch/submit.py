@@ -258,6 +258,7 @@ def _order_of(order: Order, folder_name: str, stage: str) -> Order:
         name=(name if rest.startswith(".") else rest.removeprefix("-")) or None,
         assignments=(),
         plain_if_absent=False,
+        bench=None,
         # What was asked for the stage itself: its size, its parts.
         wish=Wish(),
         chain=1,

@@ -61,6 +61,7 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     size = found["parameters"]
     size = f"{size / 1e9:,.2f} B" if size >= 1e9 else f"{size / 1e6:,.1f} M"
     made_up = "random tokens and weights" if found["data"] == "random" else "the recipe's own data"
+    unit = "GPU" if found["gpus"] else "process"
     mfu = (
         f"   MFU {found['mfu']:.1%} of {found['peak_tflops']:,.0f} ({found['peak_of']})"
         if found["mfu"]
@@ -72,8 +73,8 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("model", f"{found['model']}, {size}; {found['precision']}{fp8}; {made_up}"),
         ("batch", f"{found['global_batch']} of {found['sequence_length']:,} tokens, micro batch "
          f"{found['micro_batch']}, {found['accumulation']} a step"),
-        ("speed", f"{speed['median']:,.0f} tokens/s a GPU ({speed['min']:,.0f} to "
-         f"{speed['max']:,.0f}), {tflops['median']:,.1f} TFLOP/s a GPU{mfu}"),
+        ("speed", f"{speed['median']:,.0f} tokens/s a {unit} ({speed['min']:,.0f} to "
+         f"{speed['max']:,.0f}), {_number(tflops['median'])} TFLOP/s{mfu}"),
         ("step", f"{seconds['median']:.3f} s ({seconds['min']:.3f} to {seconds['max']:.3f}; "
          f"{steps['timed']} of {steps['all']} steps), of it {found['data_seconds']['median']:.3f} "
          "waiting for data"),
@@ -88,6 +89,10 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def _number(value: float) -> str:
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3f}"
+
+
 def _floor(found: dict[str, Any]) -> list[str]:
     profile = found["profile"]
     floor, rates = profile["floor_milliseconds"], profile["measured"]
@@ -96,10 +101,10 @@ def _floor(found: dict[str, Any]) -> list[str]:
     head = categories["head"]["milliseconds"]
     fp8 = f" ({rates['fp8_tflops']:,.0f} in FP8)" if rates["fp8_tflops"] else ""
     achieved = profile["layer_gemm_tflops"]
-    rate = f", at {achieved:,.1f} TFLOP/s" if achieved else ""
+    rate = f", at {_number(achieved)} TFLOP/s" if achieved else ""
     return [
         f"  floor      products of {rates['size']} x {rates['size']} run at "
-        f"{rates['gemm_tflops']:,.1f} TFLOP/s here{fp8}, copies at "
+        f"{_number(rates['gemm_tflops'])} TFLOP/s here{fp8}, copies at "
         f"{rates['copy_gb_per_second']:,.0f} GB/s; at these rates a step needs",
         f"             matrix products {floor['gemm']:,.1f} ms; it took {products:,.1f} in the "
         f"layers{rate}, {head:,.1f} in the head with the loss",

@@ -174,6 +174,7 @@ def _spread(values: Sequence[float], digits: int) -> dict[str, float]:
     }
 
 
-def _blocked(plan: TrainingPlan) -> float:
+def _blocked(plan: TrainingPlan) -> float | None:
     """How long the one save held up training."""
-    return max(runs.curve(plan.folder.metrics, "save_blocked_seconds").values())
+    blocked = runs.curve(plan.folder.metrics, "save_blocked_seconds")
+    return max(blocked.values(), default=None)
