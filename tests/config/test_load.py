@@ -43,9 +43,9 @@ sources:
     python_documentation: topics
 """
 FIELDS = (
-    "model, init, sequence_length, global_batch, micro_batch, main_gradients, steps, precision, fp8, optimizer, "
-    "schedule, layout, checkpoints, seed, job, measured, data, mix, resume, split, tokens, z_loss, "
-    "evaluation"
+    "model, init, sequence_length, global_batch, micro_batch, main_gradients, steps, precision, "
+    "fp8, optimizer, schedule, layout, checkpoints, seed, job, measured, data, mix, resume, split, "
+    "tokens, z_loss, evaluation"
 )
 OPTIMIZER = "lr, min_lr, beta1, beta2, epsilon, weight_decay, clip_grad, moments"
 HINT = "YAML reads a number such as 5e-5 as text: write 5.0e-5"

@@ -18,8 +18,8 @@ from tanren.plan.batch import (
 
 RECIPE = Midtrain(
     model="tiny", init="scratch", data="stage:preprocess", sequence_length=4096, global_batch=512,
-    micro_batch=1, steps=500, optimizer=Optimizer(lr=3e-4), checkpoints=Checkpointing(every_steps=100),
-    evaluation=Evaluation(sequences=64),
+    micro_batch=1, steps=500, optimizer=Optimizer(lr=3e-4),
+    checkpoints=Checkpointing(every_steps=100), evaluation=Evaluation(sequences=64),
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from transformer_engine.pytorch.optimizers import FusedAdam
 from tanren.engine.kernels import adam_step
 
 
-class Adam(FusedAdam):  # type: ignore[misc]
+class Adam(FusedAdam):
     """FusedAdam whose step reads and writes its state as it is kept."""
 
     @torch.no_grad()
