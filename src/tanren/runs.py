@@ -123,14 +123,15 @@ def parts(folder: RunFolder) -> list[tuple[Part, RunFolder]]:
     return [(Part(number, of), folder.part(Part(number, of))) for of, number in ordered]
 
 
-def write_file_list(checkpoint: Path) -> None:
-    """Write down every file of a finished checkpoint with its size."""
+def write_file_list(checkpoint: Path) -> int:
+    """Write down every file of a finished checkpoint with its size; all of them in bytes."""
     sizes = {
         str(path.relative_to(checkpoint)): path.stat().st_size
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file() and path.name != CHECKPOINT_FILES
     }
     write_json(checkpoint / CHECKPOINT_FILES, sizes)
+    return sum(sizes.values())
 
 
 def checkpoint_problem(checkpoint: Path, *, foreign: bool = False) -> str | None:

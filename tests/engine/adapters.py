@@ -140,9 +140,9 @@ class Case:
             self.norms.append(float(norm))
 
     def save(self, folder: Path) -> None:
-        from tanren.engine.checkpoint import Saver
+        from tanren.engine.saver import Saver
 
-        saver = Saver(RunFolder(folder), keep_last=9, reshard="layout")
+        saver = Saver(RunFolder(folder), keep_last=9)
         saver.save(self.state)
         saver.close()
 

@@ -161,14 +161,24 @@ class Preference(Strict):
 class Checkpointing(Strict):
     """When checkpoints are written and how many stay. The last step is always saved.
 
-    `reshard: layout` lets a run go on in any layout; its saves gather the optimizer's state over
-    the data-parallel ranks. `reshard: data` writes it in parallel, and only the data-parallel size
-    may change.
+    With both `every_steps` and `every_minutes` one is written when either is over. The newest
+    `keep_last` stay, and those at multiples of `keep_every` steps.
     """
 
-    every_steps: Positive
+    every_steps: Positive | None = None
+    every_minutes: PositiveFloat | None = None
     keep_last: Positive = 2
-    reshard: Literal["layout", "data"] = "layout"
+    keep_every: Positive | None = None
+
+    @model_validator(mode="after")
+    def _some_rhythm(self) -> Self:
+        if self.every_steps is None and self.every_minutes is None:
+            raise ValueError("state every_steps, every_minutes, or both")
+        return self
+
+    def kept(self, steps: int | None) -> int:
+        """How many stay of a run of so many steps; of an unknown number, the newest alone."""
+        return self.keep_last + (steps // self.keep_every if steps and self.keep_every else 0)
 
 
 class Evaluation(Strict):

@@ -19,8 +19,8 @@ from tanren.config.errors import RequestError
 from tanren.config.model import Model
 from tanren.convert import llama
 
-_FORMAT = b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
-_FORMAT += b'"common_backend": "torch", "common_backend_version": 1}'
+FORMAT = b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
+FORMAT += b'"common_backend": "torch", "common_backend_version": 1}'
 
 
 def write_base(model: Model, read: llama.Read, checkpoint: Path, *, iteration: int = 0) -> None:
@@ -44,7 +44,7 @@ def write_base(model: Model, read: llama.Read, checkpoint: Path, *, iteration: i
             "args": llama.megatron_arguments(model),
         }
         torch.save(common, partial / "common.pt")
-        (partial / "metadata.json").write_bytes(_FORMAT)
+        (partial / "metadata.json").write_bytes(FORMAT)
         runs.write_file_list(partial)
 
 

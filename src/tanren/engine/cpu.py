@@ -68,6 +68,12 @@ class FusedAdam(torch.optim.Optimizer):
         defaults = {"lr": lr, "bias_correction": True, "betas": betas, "eps": eps}
         super().__init__(params, {**defaults, "weight_decay": weight_decay})
 
+    def initialize_state(self, param: torch.Tensor, store_param_remainders: bool) -> None:
+        """Allocate the state of one parameter."""
+        assert not store_param_remainders
+        for name in ("exp_avg", "exp_avg_sq"):
+            self.state[param][name] = torch.zeros_like(param)
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient (AdamW, Loshchilov & Hutter 2019)."""
@@ -77,8 +83,7 @@ class FusedAdam(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
                 if not self.state[p]:
-                    self.state[p]["exp_avg"] = torch.zeros_like(p)
-                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+                    self.initialize_state(p, False)
             if not params:
                 continue
             beta1, beta2 = group["betas"]

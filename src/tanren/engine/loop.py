@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,8 +24,9 @@ from torch.autograd.profiler import record_function
 from tanren.config.errors import WorkError
 from tanren.data.blend import Batch
 from tanren.engine import timing
-from tanren.engine.checkpoint import Saver, TrainingState
+from tanren.engine.checkpoint import TrainingState
 from tanren.engine.log import Metrics
+from tanren.engine.saver import Saver
 from tanren.engine.timing import StepTimer
 
 logger = logging.getLogger("tanren")
@@ -126,6 +127,26 @@ class HeldOut:
     every_steps: int | None
 
 
+@dataclass
+class Rhythm:
+    """How often a checkpoint is saved: every so many steps, or minutes after the last one."""
+
+    steps: int | None
+    minutes: float | None = None
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def late(self) -> bool:
+        """Whether the minutes are over, by this rank's clock. The first to say so decides for all:
+        it goes round with the loss.
+        """
+        return self.minutes is not None and time.monotonic() - self.since > 60 * self.minutes
+
+    def due(self, iteration: int, late: bool) -> bool:
+        """Whether to save after this iteration; `late`: some rank's clock says so."""
+        return late or (self.steps is not None and iteration % self.steps == 0)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a call of `train` ended. `stopped` names the signal that ended it early.
@@ -148,7 +169,7 @@ def train(
     *,
     device: torch.device,
     saver: Saver,
-    save_every: int,
+    rhythm: Rhythm,
     metrics: Metrics,
     stop: StopRequest,
     workers: int = 0,
@@ -189,8 +210,8 @@ def train(
             rate = float(state.optimizer.param_groups[0]["lr"])
             try:
                 with around(state.iteration + 1) if around else nullcontext():
-                    means, grad_norm, asked, forward = _step(
-                        state, objective, feed, data, budget, device, stop, timer
+                    means, grad_norm, total = _step(
+                        state, objective, feed, data, budget, device, stop, saver, rhythm, timer
                     )
             except WorkError:
                 # Every rank is here alike: the checkpoint that is being written is still whole.
@@ -200,7 +221,7 @@ def train(
             seconds = time.perf_counter() - began
             wall.add(seconds)
             timed = {"data_seconds": round(timer.data_seconds, 4)}
-            timed |= ranks.look(state.iteration, forward)
+            timed |= ranks.look(state.iteration, total.forward)
             _record(
                 state, objective, feed, budget, metrics, means, rate, grad_norm, seconds, device,
                 timed,
@@ -208,11 +229,16 @@ def train(
             saver.poll()
             if held_out and held_out.every_steps and state.iteration % held_out.every_steps == 0:
                 _measure(state, objective, held_out, device, metrics)
-            if state.iteration % save_every == 0 or state.iteration == budget.steps or asked:
-                saved = _save(state, saver, metrics)
+            if (
+                rhythm.due(state.iteration, total.late)
+                or state.iteration == budget.steps
+                or total.stop
+            ):
+                saver.save(state)
+                saved, rhythm.since = state.iteration, time.monotonic()
             if state.iteration % 50 == 0:
                 gc.collect()
-            if asked:
+            if total.stop:
                 break
         saver.close()
     except BaseException:
@@ -240,13 +266,18 @@ def _connect(state: TrainingState) -> None:
         config.param_sync_func = state.model.start_param_sync
 
 
-def _save(state: TrainingState, saver: Saver, metrics: Metrics) -> int:
-    """Begin a checkpoint, note how long that blocked training, and return its iteration."""
-    began = time.perf_counter()
-    saver.save(state)
-    blocked = round(time.perf_counter() - began, 3)
-    metrics.write(state.iteration, {"save_blocked_seconds": blocked})
-    return state.iteration
+@dataclass(frozen=True)
+class _Total:
+    """Of a step, what the ranks told one another.
+
+    `sums` are the reports of the global batch; `stop` and `late` whether any rank was asked to stop,
+    or finds a checkpoint late; `forward` each rank's milliseconds of a forward pass, see `StepTimer`.
+    """
+
+    sums: list[float]
+    stop: bool
+    late: bool
+    forward: list[float]
 
 
 def _step(
@@ -257,11 +288,11 @@ def _step(
     budget: Budget,
     device: torch.device,
     stop: StopRequest,
+    saver: Saver,
+    rhythm: Rhythm,
     timer: StepTimer,
-) -> tuple[dict[str, float], float, bool, list[float]]:
-    """One optimizer step: its means, its gradient norm, whether any rank is to stop, and how many
-    milliseconds a forward pass took each rank in the step before.
-    """
+) -> tuple[dict[str, float], float, _Total]:
+    """One optimizer step: its means, its gradient norm, and what all ranks said in it."""
     timer.begin_step()
     with record_function(timing.OPTIMIZER):
         state.model.zero_grad_buffer()
@@ -269,9 +300,11 @@ def _step(
     reports = run_pass(
         state, objective, feed, data, state.iteration - budget.data_start, timer=timer
     )
-    width = objective.width
-    totals = _totals(reports, width, device, stop.reason is not None, timer.forward_milliseconds())
-    means = objective.means(totals[:width])
+    total = _totals(
+        reports, objective.width, device, stop=stop.reason is not None, late=rhythm.late,
+        forward=timer.forward_milliseconds(),
+    )  # fmt: skip
+    means = objective.means(total.sums)
     if not math.isfinite(means["loss"]):
         # Every rank has the same loss here, so every rank stops, and before the update.
         raise WorkError(
@@ -280,7 +313,8 @@ def _step(
             "the last checkpoint is from before; lower optimizer.lr or look at the data",
         )
     if state.iteration == 0 and objective.check_first is not None:
-        objective.check_first(totals[:width])
+        objective.check_first(total.sums)
+    saver.before_update()
     with record_function(timing.OPTIMIZER):
         _, grad_norm, _ = state.optimizer.step()
     if not math.isfinite(grad_norm):
@@ -292,7 +326,7 @@ def _step(
             "the last checkpoint is from before; lower optimizer.lr or look at the data",
         )
     state.schedule.step(increment=budget.global_batch)
-    return means, float(grad_norm), totals[width] > 0, totals[width + 1 :]
+    return means, float(grad_norm), total
 
 
 def run_pass(
@@ -322,23 +356,20 @@ def run_pass(
 
 
 def _totals(
-    reports: list[torch.Tensor], width: int, device: torch.device, stop: bool, own: float = 0.0
-) -> list[float]:
-    """The reports summed over the global batch, how many ranks were asked to stop, and each
-    rank's own number: one reduction for all.
-
-    Returns:
-        [width + 1 + ranks].
-    """
-    total = torch.zeros(width + 1 + dist.get_world_size(), dtype=torch.float64, device=device)
+    reports: list[torch.Tensor], width: int, device: torch.device, *, stop: bool = False,
+    late: bool = False, forward: float = 0.0,
+) -> _Total:  # fmt: skip
+    """What the ranks have to tell one another of a step, in one reduction."""
+    first = width + 2
+    total = torch.zeros(first + dist.get_world_size(), dtype=torch.float64, device=device)
     # The last pipeline stage has the losses; its tensor-parallel ranks have them alike.
     if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
         total[:width] = torch.stack(reports).double().sum(0)
-    total[width] = float(stop)
-    total[width + 1 + dist.get_rank()] = own
+    total[width], total[width + 1] = float(stop), float(late)
+    total[first + dist.get_rank()] = forward
     dist.all_reduce(total)
     found: list[float] = total.tolist()
-    return found
+    return _Total(found[:width], found[width] > 0, found[width + 1] > 0, found[first:])
 
 
 def evaluate(
@@ -350,7 +381,7 @@ def evaluate(
     with torch.no_grad():
         reports = run_pass(state, objective, feed, data, 0, forward_only=True)
     state.model.train()
-    return objective.means(_totals(reports, objective.width, device, False)[: objective.width])
+    return objective.means(_totals(reports, objective.width, device).sums)
 
 
 def _measure(

@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 from tanren import runs
 from tanren.engine import loop, timing
-from tanren.engine.checkpoint import Saver, TrainingState
+from tanren.engine.checkpoint import TrainingState
 from tanren.engine.profile import Rates, StepTracer, measure_rates
+from tanren.engine.saver import Saver
 from tanren.engine.timeline import CATEGORIES, Step, most_expensive, split
 from tanren.plan.bench import Bench, least_work
 from tanren.plan.cost import peak_tflops
@@ -28,6 +29,10 @@ def saver_of(bench: Bench) -> type[Saver]:
     only = bench.save_step if bench.save else None
 
     class BenchSaver(Saver):
+        def prepare(self, state: TrainingState) -> None:
+            if only is not None:
+                super().prepare(state)
+
         def save(self, state: TrainingState) -> None:
             if state.iteration == only:
                 super().save(state)

@@ -20,10 +20,11 @@ from tanren.convert import hf, mcore
 from tanren.convert import lora as adapters_of
 from tanren.engine import distributed, loop, lora, timing
 from tanren.engine import model as models
-from tanren.engine.checkpoint import Saver, TrainingState, load, load_base
+from tanren.engine.checkpoint import TrainingState, load, load_base
 from tanren.engine.log import Metrics
 from tanren.engine.optimizer import build_optimizer, build_schedule
 from tanren.engine.profile import Rates
+from tanren.engine.saver import Saver
 from tanren.plan.plan import TrainingPlan, digest
 from tanren.stages import bench
 from tanren.stages.convert import convert_base
@@ -175,11 +176,18 @@ def train(
     metrics = Metrics(
         folder.metrics, folder.tensorboard, attempt=session.attempt, enabled=ranks.is_first
     )
-    measuring, saver = None, Saver
+    measuring, kind = None, Saver
     if plan.bench is not None:
         assert session.rates is not None
         measuring = bench.Measuring(plan, plan.bench, state, feed, session.rates, ranks.device)
-        saver = bench.saver_of(plan.bench)
+        kind = bench.saver_of(plan.bench)
+    saver = kind(
+        folder,
+        keep_last=settings.keep_last,
+        keep_every=settings.keep_every,
+        report=metrics.write,
+    )
+    saver.prepare(state)
     outcome = loop.train(
         state,
         objective,
@@ -187,8 +195,8 @@ def train(
         held_out,
         budget,
         device=ranks.device,
-        saver=saver(folder, keep_last=settings.keep_last, reshard=settings.reshard),
-        save_every=settings.every_steps,
+        saver=saver,
+        rhythm=loop.Rhythm(settings.every_steps, settings.every_minutes),
         metrics=metrics,
         stop=session.stop,
         workers=2 if ranks.device.type == "cuda" else 0,

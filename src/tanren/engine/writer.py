@@ -1,0 +1,319 @@
+"""`python -m tanren.engine.writer`: the process that writes a rank's checkpoints.
+
+It knows no GPU and joins no process group: the trainer leaves the tensors in memory that both see,
+and this process widens them, writes them and, that of the first rank, publishes the checkpoint. It
+runs beside the training at a low priority, and ends when the trainer does, however that ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import heapq
+import importlib
+import mmap
+import os
+import pickle
+import queue
+import shutil
+import sys
+import threading
+import traceback
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tanren import runs
+from tanren.engine.boxes import Chunk, join
+from tanren.plan.paths import PARTIAL, RunFolder
+
+# Threads of a rank, each with a file of its own.
+THREADS = 4
+
+
+@dataclass(frozen=True)
+class Item:
+    """A box to be written, and where its values lie in the shared memory, in bytes.
+
+    With `remainder` the values are bf16 weights, and what is written are their fp32 masters.
+    """
+
+    chunk: Chunk
+    kept: torch.dtype
+    written: torch.dtype
+    place: int
+    remainder: int | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How long the shared memory is, and what lies where in it: told once, for every save."""
+
+    size: int
+    items: tuple[Item, ...]
+
+
+@dataclass(frozen=True)
+class Write:
+    """Write a rank's part.
+
+    Args:
+        blobs: objects of megatron-core's checkpoints, pickled, by their keys.
+        files: whole files, by their names.
+    """
+
+    folder: Path
+    rank: int
+    blobs: dict[str, bytes]
+    files: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Every rank's part is there: give the checkpoint its name.
+
+    Args:
+        written: what each rank wrote where (`Written.records`).
+    """
+
+    root: Path
+    iteration: int
+    written: tuple[bytes, ...]
+    keep_last: int
+    keep_every: int | None
+
+
+@dataclass(frozen=True)
+class Written:
+    """A rank's part is on the disk. `records`: pickled and compressed, a `Record` a box."""
+
+    records: bytes
+
+
+@dataclass(frozen=True)
+class Published:
+    """The checkpoint has its name; the size of its files in bytes."""
+
+    size: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What went wrong: the disk, in a person's words, or an error of ours with its trace."""
+
+    reason: str
+    trace: str | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where in a checkpoint's files something lies. Objects have no chunk."""
+
+    key: str
+    chunk: Chunk | None
+    dtype: torch.dtype | None
+    file: str
+    offset: int
+    length: int
+
+
+class Writer:
+    """Does what it is told, one thing after the other."""
+
+    def __init__(self, memory: int) -> None:
+        """Take the file descriptor of the shared memory."""
+        self.descriptor = memory
+        self.shared: mmap.mmap | None = None
+        self.items: tuple[Item, ...] = ()
+
+    def do(self, order: Memory | Write | Publish) -> Written | Published | None:
+        if isinstance(order, Memory):
+            self.items = order.items
+            if order.size:
+                # Its pages come to be here, so that the trainer need not wait for them.
+                flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+                self.shared = mmap.mmap(self.descriptor, order.size, flags=flags)
+            return None
+        if isinstance(order, Write):
+            return self.write(order)
+        return publish(order)
+
+    def write(self, order: Write) -> Written:
+        """Write this rank's files: each thread has one."""
+        order.folder.mkdir(parents=True, exist_ok=True)
+        for name, content in order.files.items():
+            runs.write_atomic(order.folder / name, content)
+        jobs = [
+            (order.folder / f"__{order.rank}_{number}.distcp", items)
+            for number, items in enumerate(_shares(self.items, THREADS))
+        ]
+        records: list[Record] = []
+        with ThreadPoolExecutor(THREADS) as pool:
+            done = [
+                pool.submit(self._write_file, path, items, order.blobs if not number else {})
+                for number, (path, items) in enumerate(jobs)
+                if items or (order.blobs and not number)
+            ]
+            for one in done:
+                records += one.result()
+        return Written(zlib.compress(pickle.dumps(records), 1))
+
+    def _write_file(self, path: Path, items: list[Item], blobs: dict[str, bytes]) -> list[Record]:
+        records = []
+        with path.open("wb") as stream:
+            for key, blob in blobs.items():
+                records.append(Record(key, None, None, path.name, stream.tell(), len(blob)))
+                stream.write(blob)
+            for item in items:
+                offset = stream.tell()
+                torch.save(self._values(item), stream)
+                length = stream.tell() - offset
+                chunk = item.chunk
+                records.append(Record(chunk.name, chunk, item.written, path.name, offset, length))
+            stream.flush()
+            os.fsync(stream.fileno())
+        return records
+
+    def _values(self, item: Item) -> torch.Tensor:
+        count = item.chunk.numel
+
+        def at(place: int, dtype: torch.dtype) -> torch.Tensor:
+            assert self.shared is not None
+            return torch.frombuffer(self.shared, dtype=dtype, count=count, offset=place)
+
+        values = at(item.place, item.kept)
+        if item.remainder is not None:
+            values = join(values, at(item.remainder, torch.int16))
+        return values.to(item.written).view(item.chunk.sizes)
+
+
+def _shares(items: tuple[Item, ...], number: int) -> list[list[Item]]:
+    """The boxes in shares of about the same size, each in its order."""
+    shares: list[list[Item]] = [[] for _ in range(number)]
+    sizes = [(0, index) for index in range(number)]
+    for item in sorted(items, key=lambda one: -one.chunk.numel):
+        size, index = heapq.heappop(sizes)
+        shares[index].append(item)
+        heapq.heappush(sizes, (size + item.chunk.numel * item.written.itemsize, index))
+    return shares
+
+
+def publish(order: Publish) -> Published:
+    """Write down what is where, name the folder, move the tracker, prune."""
+    folder = RunFolder(order.root)
+    final = folder.checkpoint(order.iteration)
+    partial = final.with_name(final.name + PARTIAL)
+    records = [one for each in order.written for one in pickle.loads(zlib.decompress(each))]
+    runs.write_atomic(partial / ".metadata", pickle.dumps(metadata(records)))
+    size = runs.write_file_list(partial)
+    if final.exists():
+        remove(final)
+    os.replace(partial, final)
+    runs.write_atomic(folder.latest, f"{order.iteration}".encode())
+    for old in superfluous(runs.iterations(folder), order):
+        remove(folder.checkpoint(old))
+    return Published(size)
+
+
+def metadata(records: list[Record]) -> Any:
+    """A checkpoint's `.metadata`, as torch.distributed.checkpoint reads it."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    contents: dict[str, Any] = {}
+    places: dict[Any, Any] = {}
+    for one in records:
+        place = _StorageInfo(one.file, one.offset, one.length)
+        if one.chunk is None:
+            contents[one.key] = BytesStorageMetadata()
+            places[MetadataIndex(one.key)] = place
+            continue
+        assert one.dtype is not None
+        chunk = ChunkStorageMetadata(torch.Size(one.chunk.offsets), torch.Size(one.chunk.sizes))
+        if one.key not in contents:
+            contents[one.key] = TensorStorageMetadata(
+                TensorProperties(one.dtype), torch.Size(one.chunk.shape), []
+            )
+        contents[one.key].chunks.append(chunk)
+        places[MetadataIndex(one.key, one.chunk.offsets)] = place
+    for key, one in contents.items():
+        if isinstance(one, TensorStorageMetadata):
+            there = sum(chunk.sizes.numel() for chunk in one.chunks)
+            assert there == one.size.numel(), f"{key}: {there} of {one.size.numel()} elements"
+    assert len(places) == len(records)
+    return Metadata(contents, storage_data=places, version="1.0.0")
+
+
+def superfluous(there: tuple[int, ...], order: Publish) -> list[int]:
+    """Which checkpoints go; iteration 0, the base, stays."""
+    trained = [one for one in there if 0 < one <= order.iteration]
+    every = order.keep_every
+    return [one for one in trained[: -order.keep_last] if every is None or one % every]
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint so that a kill half-way leaves nothing under its final name."""
+    going = checkpoint.with_name(checkpoint.name + ".old" + PARTIAL)
+    shutil.rmtree(going, ignore_errors=True)
+    os.replace(checkpoint, going)
+    shutil.rmtree(going, ignore_errors=True)
+
+
+def reason(error: BaseException) -> str:
+    """The reason of a failed save in a person's words, from anywhere in the chain of causes."""
+    text = f"{error!r} {error}"
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+        if os.strerror(code) in text or f"Errno {code}]" in text:
+            return os.strerror(code)
+    if "unexpected pos" in text:
+        # torch's archive writer noticed first; the system's own word is lost.
+        return "the disk took fewer bytes than were written: it is full, or over its quota"
+    cause = error.__cause__ or error.__context__
+    if cause is not None and cause is not error:
+        return reason(cause)
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _work(orders: queue.SimpleQueue[Any], writer: Writer, trainer: Connection) -> None:
+    while True:
+        order = orders.get()
+        try:
+            answer: Any = writer.do(order)
+        except (OSError, RuntimeError) as error:
+            answer = Failed(reason(error))
+        except BaseException as error:  # the trainer must hear of it, and ends
+            answer = Failed(reason(error), traceback.format_exc())
+        if answer is not None:
+            trainer.send(answer)
+
+
+def main(arguments: list[str]) -> None:
+    trainer, memory = Connection(int(arguments[0])), int(arguments[1])
+    os.nice(10)
+    torch.set_num_threads(1)
+    orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    # In a thread, so that this one sees at once that the trainer is gone.
+    threading.Thread(target=_work, args=(orders, Writer(memory), trainer), daemon=True).start()
+    try:
+        while (order := trainer.recv()) is not None:
+            orders.put(order)
+    except (EOFError, OSError):
+        os._exit(1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    # What the trainer sends are classes of the module by its name, which this run of it is not.
+    importlib.import_module("tanren.engine.writer").main(sys.argv[1:])
