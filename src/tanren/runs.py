@@ -27,7 +27,7 @@ from tanren.plan.paths import (
     iteration_of,
     part_named,
 )
-from tanren.plan.plan import MidtrainPlan, Plan, TuningPlan, digest
+from tanren.plan.plan import MidtrainPlan, Plan, TrainingPlan, TuningPlan, digest
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -163,7 +163,7 @@ def iterations(folder: RunFolder) -> tuple[int, ...]:
     return tuple(sorted(number for number in found if number is not None))
 
 
-def total_steps(plan: Plan) -> int | None:
+def total_steps(plan: Plan | TrainingPlan) -> int | None:
     """Steps of a whole training; None for other stages, and before sft or dpo read its data."""
     if isinstance(plan, MidtrainPlan):
         return plan.batch.steps

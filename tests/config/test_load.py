@@ -209,7 +209,7 @@ def test_several_mistakes_are_one_message(folder: Folder) -> None:
         f"  next: also midtrain.yaml:9: optimizer.lr: '5e-5': input should be a valid number. "
         f"{HINT}\n"
         "        also midtrain.yaml:13: checkpoints.keep: is not a field here; the fields are "
-        "every_steps, keep_last, reshard"
+        "every_steps, every_minutes, keep_last, keep_every"
     )
 
 

@@ -153,19 +153,24 @@ class Case:
 
     def leave(self, file: Path) -> None:
         """The curve, and what a checkpoint would hold, put together from every rank's part."""
-        from tanren.engine import checkpoint
+        from tanren.engine import checkpoint, shards
 
-        sharding = checkpoint._sharding("layout")
-        saved = checkpoint._training_state(self.state, sharding, loading=False, with_random=False)
-        mine = [
-            (part.key, part.global_shape, part.global_slice(), part.data.detach())
-            for part in checkpoint._sharded_tensors(saved)
-        ]
+        mine = []
+        for shard in shards.shards(self.state.optimizer, checkpoint.trained_weights(self.llama)):
+            kept = shards.state(self.state.optimizer, shard)
+            names = {shards.STATE_NAME.format(kind=kind, name="{}"): kept[kind] for kind in kept}
+            for name, flat in ({"{}": shards.weight(shard)} | names).items():
+                for part in shard.parts:
+                    for chunk in part.chunks(shard.start, shard.end):
+                        where = slice(chunk.first - shard.start, None)
+                        data = flat[where][: chunk.numel].view(chunk.sizes).detach()
+                        mine.append((name.format(chunk.name), chunk.shape, chunk.offsets, data))
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, mine)
         whole: dict[str, torch.Tensor] = {}
-        for key, shape, where, data in itertools.chain(*parts):
-            whole.setdefault(key, torch.full(shape, torch.nan, dtype=data.dtype))[where] = data
+        for key, shape, offsets, data in itertools.chain(*parts):
+            box = tuple(slice(o, o + n) for o, n in zip(offsets, data.shape, strict=True))
+            whole.setdefault(key, torch.full(shape, torch.nan, dtype=data.dtype))[box] = data
         if dist.get_rank() == 0:
             file.parent.mkdir(exist_ok=True)
             torch.save({"loss": self.losses, "norm": self.norms, "tensors": whole}, file)

@@ -1,122 +1,114 @@
-"""A save that cannot end well ends with one message, and soon."""
+"""A checkpoint is the same from whatever layout it is saved, and for whoever reads it."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections import deque
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
-from torch.distributed.checkpoint.api import CheckpointException
+import torch
 
-from tanren.config.errors import WorkError
-from tanren.engine import checkpoint
-from tanren.engine.checkpoint import Saver
+from tanren import runs
+from tanren.convert import mcore
 from tanren.plan.paths import RunFolder
-from tests.conftest import wait_for
+from tests.engine.adapters import TIED, hf_tensors
+from tests.engine.checkpoints import STEPS
+from tests.engine.processes import start
+from tests.stages.compared import weights
 
 
-class Process:
-    """A process as multiprocessing shows it."""
-
-    def __init__(self, code: str) -> None:
-        self.process = subprocess.Popen([sys.executable, "-c", code])
-        self.pid = self.process.pid
-
-    def is_alive(self) -> bool:
-        return self.process.poll() is None
-
-
-def saver(tmp_path: Path, process: Any, *, persistent: bool) -> Saver:
-    """A saver in the middle of iteration 5, its writer being this process."""
-    made = Saver.__new__(Saver)
-    made.folder, made.writing, made._idle_since = RunFolder(tmp_path), 5, None
-    call = SimpleNamespace(async_caller=SimpleNamespace(process=process))
-    queue = SimpleNamespace(
-        async_calls=deque([call]), persistent=persistent,
-        maybe_finalize_async_calls=lambda blocking: [],
-    )  # fmt: skip
-    made.queue = queue  # type: ignore[assignment]
-    (tmp_path / "checkpoints" / "iter_0000005.partial").mkdir(parents=True)
-    return made
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes saved, and then one."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    mcore.write_base(TIED, hf_tensors(TIED).__getitem__, folder / "base-tied")
+    for ranks in (2, 1):
+        start("tests.engine.checkpoints", folder, ranks)
+    return folder
 
 
-def test_a_killed_writer_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its parent waits for a word from it; nobody reaps it, so it stays a zombie."""
-    parent = Process(
-        "import os, time\npid = os.fork()\nos.kill(os.getpid(), 9) if pid == 0 else time.sleep(60)"
-    )
-    wait_for(
-        lambda: any(
-            child.status() == psutil.STATUS_ZOMBIE
-            for child in psutil.Process(parent.pid).children()
-        )
-    )
-    now = 100.0
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
-    writing = saver(tmp_path, parent, persistent=False)
-    writing.poll()
-    now += 19
-    writing.poll()
-    now += 2
-    with pytest.raises(WorkError) as failed:
-        writing.poll()
-    parent.process.kill()
-    assert failed.value.place == str(tmp_path / "checkpoints" / "iter_0000005")
-    assert "a writer process was killed (is the node out of memory?)" in failed.value.problem
-    assert not list((tmp_path / "checkpoints").iterdir())
+@pytest.fixture(scope="module")
+def followed(root: Path) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(root / "followed.pt")
+    return found
 
 
-def test_a_dead_persistent_writer_is_noticed_at_once(tmp_path: Path) -> None:
-    process = Process("")
-    process.process.wait()
-    with pytest.raises(WorkError, match="a writer process was killed"):
-        saver(tmp_path, process, persistent=True).poll()
+def tensors(root: Path, name: str, iteration: int = STEPS) -> dict[str, bytes]:
+    return weights(RunFolder(root / name).checkpoint(iteration))
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (OSError(28, "No space left on device"), "No space left on device"),
-        (RuntimeError("Worker failure: [Errno 122] Disk quota exceeded"), "Disk quota exceeded"),
-        (RuntimeError("[enforce fail] . unexpected pos 704 vs 598"), "it is full, or over its"),
-        (CheckpointException("write", {}), "another rank could not write its part"),
-        (
-            CheckpointException("write", {0: (OSError(28, "No space left on device"), None)}),  # type: ignore[dict-item]
-            "No space left on device",
-        ),
-        (RuntimeError("first line\nthe reason\n"), "the reason"),
-    ],
-)
-def test_the_reason_of_a_failed_save_is_said_plainly(
-    tmp_path: Path, error: BaseException, reason: str
+    "name",
+    ["theirs", "from theirs", "tensor", "pipeline", "one from data", "one from tensor",
+     "one from pipeline", "one by megatron"],
+)  # fmt: skip
+def test_every_tensor_is_the_same_bit_for_bit(root: Path, name: str) -> None:
+    """Saved by two data-parallel processes, and by others that went on from that; `theirs` is
+    megatron-core's own save of the same, and `by megatron` loaded ours with its own functions.
+    """
+    ours, others = tensors(root, "data"), tensors(root, name)
+    # Eight of the model, and three of the optimizer for each.
+    assert len(ours) == 4 * 8
+    assert ours.keys() == others.keys()
+    assert [key for key in ours if ours[key] != others[key]] == []
+    assert any(ours["optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.weight"])
+
+
+def test_a_checkpoint_says_what_megatrons_says(root: Path) -> None:
+    ours, theirs = (RunFolder(root / name).checkpoint(STEPS) for name in ("data", "theirs"))
+    said, wanted = (torch.load(one / "common.pt", weights_only=False) for one in (ours, theirs))
+    assert said == wanted
+    assert said["optimizer"]["optimizer"]["param_groups"][0]["step"] == STEPS
+    assert (ours / "metadata.json").read_bytes() == (theirs / "metadata.json").read_bytes()
+    assert runs.checkpoint_problem(ours) is None
+    assert {path.name[:4] for path in ours.glob("*.distcp")} == {"__0_", "__1_"}
+
+
+def test_each_rank_writes_about_its_share(root: Path) -> None:
+    sizes: dict[str, int] = {}
+    for path in RunFolder(root / "data").checkpoint(STEPS).glob("*.distcp"):
+        sizes[path.name[2]] = sizes.get(path.name[2], 0) + path.stat().st_size
+    assert len(sizes) == 2
+    # Each blob has 1 to 2 KiB of its own beside its values; rank 0 has the random state as well.
+    assert max(sizes.values()) < 1.6 * min(sizes.values())
+
+
+def test_a_run_goes_on_as_by_megatrons_own_functions(followed: dict[str, Any]) -> None:
+    assert len(followed["loss"]) == 1
+    assert followed["loss"] == followed["their loss"]
+    assert followed["norm"] == followed["their norm"]
+
+
+def test_the_precision_aware_optimizer_goes_on_from_fp32_masters(
+    root: Path, followed: dict[str, Any]
 ) -> None:
-    writing = saver(tmp_path, None, persistent=False)
-    (tmp_path / "checkpoints" / "iter_0000003").mkdir()
-    with pytest.raises(WorkError) as failed, writing._errors(5):
-        raise error
-    assert reason in failed.value.problem
-    assert "it goes on from iteration 3" in failed.value.next_step
+    """Its masters are the same fp32 numbers; moments are rounded to bf16, as it keeps them."""
+    assert followed["types"] == {
+        "exp_avg": torch.bfloat16, "exp_avg_sq": torch.bfloat16, "master_param": torch.int16,
+    }  # fmt: skip
+    assert followed["aware loss"] == pytest.approx(followed["loss"], rel=1e-3)
+    ours, aware = tensors(root, "data"), tensors(root, "aware")
+    assert ours.keys() == aware.keys()
+    for key in ours:
+        if ".exp_avg" not in key:
+            assert ours[key] == aware[key], key
+            continue
+        mine, theirs = (
+            torch.frombuffer(bytearray(one[key]), dtype=torch.float32) for one in (ours, aware)
+        )
+        assert torch.equal(mine.bfloat16().float(), theirs), key
 
 
-def test_an_error_in_our_own_code_keeps_its_trace(tmp_path: Path) -> None:
-    with pytest.raises(TypeError), saver(tmp_path, None, persistent=False)._errors(5):
-        raise TypeError("ours")
-
-
-def test_a_removed_checkpoint_never_lies_half_under_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_precision_aware_optimizer_goes_on_from_its_own_bit_for_bit(
+    root: Path, followed: dict[str, Any]
 ) -> None:
-    folder = RunFolder(tmp_path)
-    folder.checkpoint(5).mkdir(parents=True)
-    seen = []
-    monkeypatch.setattr(
-        checkpoint.shutil, "rmtree", lambda path, **_: seen.append((path.name, path.exists()))
-    )
-    checkpoint._remove(folder.checkpoint(5))
-    assert ("iter_0000005.old.partial", True) in seen
-    assert not folder.checkpoint(5).exists()
+    assert followed["same"] == [True] * len(followed["same"])
+    assert len(followed["same"]) == 13
+    saved = tensors(root, "aware", STEPS + 1)
+    assert saved != tensors(root, "aware")
+    name = "decoder.final_layernorm.weight"
+    master = torch.frombuffer(bytearray(saved[f"optimizer.state.param.{name}"]), dtype=torch.float)
+    weight = torch.frombuffer(bytearray(saved[name]), dtype=torch.bfloat16)
+    # Updates of 0.05 leave something beside the weight's 8 bits.
+    assert not torch.equal(master, weight.float())
+    assert torch.equal(master.bfloat16(), weight)

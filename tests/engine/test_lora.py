@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,6 @@ from torch.distributed.checkpoint import FileSystemReader
 from tanren import runs
 from tanren.convert import hf, llama, lora, mcore
 from tanren.plan.paths import RunFolder
-from tests.conftest import REPOSITORY
 from tests.engine.adapters import (
     ALL,
     CASES,
@@ -29,6 +25,7 @@ from tests.engine.adapters import (
     hf_tensors,
     samples,
 )
+from tests.engine.processes import start
 
 # Each linear layer's name in the model and in checkpoints, and its columns and rows.
 LINEARS = {
@@ -44,29 +41,13 @@ SAVED = {
 }
 
 
-def start(root: Path, ranks: int) -> None:
-    path = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY)])
-    environment = os.environ | {
-        "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.engine.adapters", str(root), str(rank), str(ranks)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * ranks, said[0][-3000:]
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bases, and what one process left."""
     folder = tmp_path_factory.mktemp("lora")
     for name, shape in (("base", SHAPE), ("base-tied", TIED)):
         mcore.write_base(shape, hf_tensors(shape).__getitem__, folder / name)
-    start(folder, 1)
+    start("tests.engine.adapters", folder, 1)
     return folder
 
 
@@ -78,7 +59,7 @@ def one(root: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two(root: Path) -> Path:
-    start(root, 2)
+    start("tests.engine.adapters", root, 2)
     return root
 
 

@@ -92,17 +92,6 @@ def test_a_checkpoint_goes_from_layout_to_layout(trained: Tanren, single: Tanren
         assert curve(trained, "loss") == pytest.approx(curve(single, "loss")[first:], rel=2e-5)
 
 
-def test_a_data_sharded_checkpoint_refuses_another_layout(tanren: Tanren) -> None:
-    data = ("checkpoints.reshard=data", "steps=7", "checkpoints.every_steps=3")
-    assert tanren.midtrain(sets=data).code == 0
-    folder = tanren.folder()
-    (folder / "DONE").unlink()
-    shutil.rmtree(folder / "checkpoints" / "iter_0000007")
-    refused = tanren.midtrain(sets=(*data, "layout.tensor=2"))
-    assert refused.code == 2
-    assert "under tensor 1, pipeline 1, and this is tensor 2" in refused.err
-
-
 def test_a_hang_ends_with_the_stacks_of_both_ranks(tanren: Tanren) -> None:
     """One rank stands still; the other one waits for it, gives up, and both say where they were."""
     long = tuple("steps=4000" if text == "steps=8" else text for text in SHORT)

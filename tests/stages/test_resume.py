@@ -87,7 +87,7 @@ def test_kill_9_goes_back_to_the_last_whole_checkpoint(
     family = psutil.Process(process.pid).children(recursive=True)
     [training] = [one for one in family if "tanren.stages" in one.cmdline()]
     helpers = training.children(recursive=True)
-    assert any("spawn_main" in " ".join(one.cmdline()) for one in helpers)
+    assert any("tanren.engine.writer" in one.cmdline() for one in helpers)
     training.kill()
     _, alive = psutil.wait_procs(helpers, timeout=10)
     assert not alive

@@ -369,7 +369,8 @@ def check_disk(plan: Plan) -> None:
         return
     folder = plan.folder
     there = len(runs.iterations(folder))
-    keep = plan.recipe.checkpoints.keep_last
+    newest = plan.recipe.checkpoints.keep_last
+    keep = plan.recipe.checkpoints.kept(runs.total_steps(plan))
     # A new one is written whole before the oldest one goes.
     needed = max(keep + 1 - there, 1) * plan.checkpoint_gib
     place = folder.root
@@ -378,8 +379,8 @@ def check_disk(plan: Plan) -> None:
     free = shutil.disk_usage(place).free / 2**30
     if free >= needed:
         return
-    fits = int(free / plan.checkpoint_gib) + there - 1
-    fewer = f"--set checkpoints.keep_last={fits}, " if 0 < fits < keep else ""
+    fits = int(free / plan.checkpoint_gib) + there - 1 - (keep - newest)
+    fewer = f"--set checkpoints.keep_last={fits}, " if 0 < fits < newest else ""
     raise RequestError(
         place,
         f"has {free:,.1f} GiB free, and the checkpoints of this run need {needed:,.1f} "

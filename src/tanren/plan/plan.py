@@ -192,7 +192,7 @@ class TrainingPlan(PlanBase):
     # Of one GPU, in GiB; None where the GPU is not known.
     memory: Memory | None = None
     gpu_memory_gib: float | None = None
-    # Of one checkpoint. The run keeps `checkpoints.keep_last` and the one that is being written.
+    # Of one checkpoint. The run keeps `checkpoints.kept` of them and the one that is being written.
     checkpoint_gib: float = 0.0
     # Hours of training and the assumption behind them; None where they cannot be estimated.
     hours: tuple[float, str] | None = None

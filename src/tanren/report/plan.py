@@ -6,8 +6,9 @@ from collections import Counter
 
 from rich.console import Console
 
+from tanren import runs
 from tanren.config.data import Collection, Preprocess
-from tanren.config.training import Dpo, Sft, Training
+from tanren.config.training import Checkpointing, Dpo, Sft, Training
 from tanren.launch.submit import shown
 from tanren.plan.cost import explained
 from tanren.plan.plan import (
@@ -156,7 +157,8 @@ def _training_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
                 f"({explained(plan.memory)})",
             )
         )
-    keep = recipe.checkpoints.keep_last
+    keep = recipe.checkpoints.kept(runs.total_steps(plan))
+    rows.append(("checkpoints", _rhythm(recipe.checkpoints)))
     rows.append(
         (
             "disk",
@@ -180,6 +182,18 @@ def _training_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
     if isinstance(plan, MidtrainPlan) and plan.mix is None:
         rows.append(("mix", "tokens and epochs are known once preprocess has run"))
     return rows
+
+
+def _rhythm(checkpoints: Checkpointing) -> str:
+    when = [
+        _number(count, thing)
+        for count, thing in (
+            (checkpoints.every_steps, "step"), (checkpoints.every_minutes, "minute"),
+        ) if count is not None
+    ]  # fmt: skip
+    kept = f"every {' or '.join(when)}, the newest {checkpoints.keep_last} stay"
+    every = checkpoints.keep_every
+    return f"{kept}, and those at multiples of {every:,} steps" if every else kept
 
 
 def _learning_rate(recipe: Training) -> str:

@@ -1,0 +1,27 @@
+"""Modules that run as several processes of a group, which engine/cpu.py changes torch in."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import REPOSITORY
+
+
+def start(module: str, root: Path, ranks: int) -> None:
+    """Run `python -m module ROOT RANK RANKS` once a rank, and wait for all."""
+    path = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY)])
+    environment = os.environ | {
+        "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(root), str(rank), str(ranks)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * ranks, said[0][-3000:]
