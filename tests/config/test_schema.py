@@ -15,7 +15,7 @@ from tanren.config.data import Preprocess, Source, Tokenizer
 from tanren.config.fields import Strict
 from tanren.config.model import Model
 from tanren.config.schema import Convert, Export
-from tanren.config.training import Layout, Lora, Midtrain, Preference, Schedule
+from tanren.config.training import Checkpointing, Layout, Lora, Midtrain, Preference, Schedule
 
 LARGE: dict[str, Any] = {
     "layers": 32, "hidden_size": 4096, "ffn_hidden_size": 14336, "attention_heads": 32,
@@ -51,6 +51,17 @@ def models(above: type[Strict] = Strict) -> Iterator[type[Strict]]:
     for model in above.__subclasses__():
         yield model
         yield from models(model)
+
+
+def test_a_checkpoint_comes_by_steps_or_by_the_clock_and_some_stay() -> None:
+    wrong = MIDTRAIN | {"checkpoints": {"keep_last": 3}}
+    assert refusals(Midtrain, wrong) == [
+        ("checkpoints", "state every_steps, every_minutes, or both")
+    ]
+    clock = read(Checkpointing, {"every_minutes": 30})
+    assert (clock.every_steps, clock.kept(1000), clock.kept(None)) == (None, 2, 2)
+    some = read(Checkpointing, {"every_steps": 5, "every_minutes": 0.5, "keep_every": 300})
+    assert (some.kept(1000), some.kept(299), some.kept(None)) == (5, 2, 2)
 
 
 def test_every_model_is_strict() -> None:

@@ -163,6 +163,11 @@ def test_too_small_a_disk_is_said_before_anything_is_submitted(
     assert error.value.next_step.startswith("--set checkpoints.keep_last=2, free some space")
     few = replace(order, assignments=(*SHORT, "checkpoints.keep_last=2"))
     submit.check_disk(make_plan(submit.read_request(few)))
+    # Of 8 steps 4 more stay, and only the newest can be fewer.
+    every = replace(few, assignments=(*few.assignments, "checkpoints.keep_every=2"))
+    with pytest.raises(RequestError, match="6 kept and one being written") as error:
+        submit.check_disk(make_plan(submit.read_request(every)))
+    assert error.value.next_step.startswith("free some space")
 
 
 def test_a_length_that_follows_from_the_mix_needs_counts_before_there_is_data(

@@ -103,6 +103,25 @@ def test_a_fetch_on_a_terminal_has_a_bar() -> None:
     assert "1.0/4.2 MB" in text.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("checkpoints", "rhythm", "kept"),
+    [
+        ("{every_steps: 80}", "every 80 steps, the newest 2 stay", 2),
+        (
+            "{every_steps: 1, every_minutes: 30, keep_last: 1, keep_every: 100}",
+            "every 1 step or 30 minutes, the newest 1 stay, and those at multiples of 100 steps",
+            4,
+        ),
+    ],
+)
+def test_a_plan_says_when_checkpoints_come_and_what_they_take(
+    checkpoints: str, rhythm: str, kept: int
+) -> None:
+    found = rows("midtrain", "steps=300", f"checkpoints={checkpoints}")
+    assert f"checkpoints {rhythm}" in found
+    assert [row for row in found if f": {kept} checkpoints and one being written" in row]
+
+
 def rows(stage: str, *sets: str) -> list[str]:
     """The lines of a plan, with one space between name and value."""
     text = io.StringIO()

@@ -131,7 +131,8 @@ def test_following_the_advice_on_a_broken_checkpoint_loses_only_that_one(trained
 
 def _small_files() -> None:
     """Let no file grow beyond 3 MB: to a program that is a disk that is full."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, hard))
 
 
 def test_a_full_disk_while_saving(trained: Tanren) -> None:

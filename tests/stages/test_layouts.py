@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from tanren import runs
+from tanren.plan.paths import RunFolder
 from tests.conftest import RECIPES, SHORT, Tanren, set_back, wait_for
 
 LAYOUTS = {
@@ -70,10 +71,19 @@ def test_the_z_loss_lowers_z_and_the_loss_stays_the_cross_entropy(
 
 
 def test_the_z_loss_is_the_same_in_another_layout(tanren: Tanren, with_z_loss: Tanren) -> None:
-    """Over parts of the vocabulary it is tested in tests/engine/test_loss.py."""
+    """Over parts of the vocabulary it is tested in tests/engine/test_loss.py.
+
+    It saves by the clock as well, which the ranks agree on.
+    """
     layout = ("layout.pipeline=2", "layout.data=2", "micro_batch=2")
-    done = tanren.midtrain(sets=(*layout, Z_LOSS))
+    clock = ("checkpoints.every_minutes=0.0001", "checkpoints.keep_every=2")
+    done = tanren.midtrain(sets=(*layout, *clock, "checkpoints.keep_last=1", Z_LOSS))
     assert done.code == 0, done.text
+    assert runs.iterations(RunFolder(tanren.folder())) == (2, 4, 6, 8)
+    for key in ("save_blocked_seconds", "save_seconds", "save_gib", "save_gib_per_second"):
+        assert len(curve(tanren, key)) == 8
+    # 2,361,024 parameters of 16 bytes in fp32, and what blobs have besides.
+    assert curve(tanren, "save_gib") == pytest.approx([0.0352] * 8, rel=0.05)
     for key in ("loss", "z_loss", "held_out_loss", "grad_norm"):
         mine, theirs = curve(tanren, key), curve(with_z_loss, key)
         assert len(mine) == len(theirs) > 1

@@ -80,7 +80,7 @@ class Saver:
         self._shards: list[shards.Shard] | None = None
         self._objects: dict[str, bytes] = {}
         self._order: Write | None = None
-        self._published_by_rank_0 = False
+        self._publishing = False
         self._began = self._blocked = 0.0
         self._closed = False
         if dist.get_rank() == 0:
@@ -112,7 +112,7 @@ class Saver:
             places = {}
             for kind, tensor in tensors.items():
                 places[kind] = size
-                size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+                size += _aligned(tensor.nbytes)
             items += _items(shard, tensors, places)
         self.staging.allocate(size)
         self._send(Memory(size, tuple(items)))
@@ -126,18 +126,19 @@ class Saver:
         self.wait()
         self.prepare(state)
         assert self._shards is not None
+        files = {}
+        if dist.get_rank() == 0:
+            files = {"common.pt": _pickled(common_state(state)), "metadata.json": FORMAT}
+        # Before the copy begins: FP8 scales wait for all that the device does.
+        blobs = self._blobs(state)
         tensors = []
         place = 0
         for shard in self._shards:
             for tensor in self._tensors(state, shard).values():
                 tensors.append((tensor, place))
-                place += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+                place += _aligned(tensor.nbytes)
         self.staging.copy(tensors)
-        files = {}
-        if dist.get_rank() == 0:
-            files = {"common.pt": _pickled(common_state(state)), "metadata.json": FORMAT}
-        blobs = self._blobs(state)
-        self.writing, self._published_by_rank_0 = state.iteration, False
+        self.writing, self._publishing = state.iteration, False
         self._order = Write(self._partial(state.iteration), dist.get_rank(), blobs, files)
         self._blocked = time.perf_counter() - self._began
         if self.staging.copied is None:
@@ -190,13 +191,13 @@ class Saver:
 
     def _publish_when_written(self) -> None:
         keys = [self._key(rank) for rank in range(dist.get_world_size())]
-        if self._published_by_rank_0 or not self.store.check(keys):
+        if self._publishing or not self.store.check(keys):
             return
         answers = [self.store.get(key) for key in keys]
         for answer in answers:
             if not answer.startswith(b"+"):
                 self._fail(f"another rank could not write its part: {answer[1:].decode()}")
-        self._published_by_rank_0 = True
+        self._publishing = True
         assert self.writing is not None
         records = tuple(answer[1:] for answer in answers)
         self._send(
@@ -304,6 +305,10 @@ def _items(
                     continue
                 weight = places["weight"] + (chunk.first - shard.start) * 2
                 yield Item(named, torch.bfloat16, torch.float32, weight, remainder=place)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _mine(objects: Iterable[ShardedObject]) -> dict[str, bytes]:

