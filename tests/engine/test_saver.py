@@ -23,14 +23,6 @@ from tests.conftest import wait_for
 
 
 @pytest.fixture
-def alone() -> Any:
-    """A process group of this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.fixture
 def saver(alone: None, tmp_path: Path) -> Any:
     """A saver in the middle of iteration 5."""
     made = Saver(RunFolder(tmp_path), keep_last=2)
@@ -51,6 +43,25 @@ def test_a_killed_writer_is_noticed_at_once(saver: Saver) -> None:
     assert "was killed (is the node out of memory?)" in failed.value.problem
     assert "it goes on from iteration 3" in failed.value.next_step
     assert [path.name for path in saver.folder.checkpoints.iterdir()] == ["iter_0000003"]
+
+
+def test_a_copy_that_goes_on_is_waited_for_once_and_then_written(
+    saver: Saver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the writer hears of a save only when what it writes is there."""
+    seen: list[Any] = []
+    told: list[Any] = []
+    monkeypatch.setattr(saver, "_send", seen.append)
+    monkeypatch.setattr(saver.staging, "finish", lambda: seen.append("copied"))
+    saver.report = lambda step, values: told.append((step, *values))
+    order = Write(saver.folder.checkpoints, 0, {}, {})
+    saver._order = order
+    saver.poll()
+    assert seen == []
+    saver.before_update()
+    saver.before_update()
+    assert seen == ["copied", order]
+    assert told == [(5, "save_blocked_seconds")]
 
 
 def test_what_the_disk_refuses_is_said_plainly(saver: Saver) -> None:
