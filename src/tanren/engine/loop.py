@@ -220,8 +220,10 @@ def train(
             state.iteration += 1
             seconds = time.perf_counter() - began
             wall.add(seconds)
-            timed = {"data_seconds": round(timer.data_seconds, 4)}
-            timed |= ranks.look(state.iteration, total.forward)
+            timed = {
+                "data_seconds": round(timer.data_seconds, 4),
+                **ranks.look(state.iteration, total.forward),
+            }
             _record(
                 state, objective, feed, budget, metrics, means, rate, grad_norm, seconds, device,
                 timed,
@@ -270,8 +272,9 @@ def _connect(state: TrainingState) -> None:
 class _Total:
     """Of a step, what the ranks told one another.
 
-    `sums` are the reports of the global batch; `stop` and `late` whether any rank was asked to stop,
-    or finds a checkpoint late; `forward` each rank's milliseconds of a forward pass, see `StepTimer`.
+    `sums` are the reports of the global batch; `stop` and `late` whether any rank was asked to
+    stop, or finds a checkpoint late; `forward` each rank's milliseconds of a forward pass
+    (`StepTimer`).
     """
 
     sums: list[float]
