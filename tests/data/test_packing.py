@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from tanren.data import tokenizer as tokenizers
-from tanren.data.packing import Bins, best_fit, collate, to_device
+from tanren.data.packing import Bins, Numbers, best_fit, collate, evened, to_device, trimmed
 from tests.conftest import REPOSITORY
 
 # No part of the repository: see tests/stages/test_real_data.py.
@@ -212,3 +212,49 @@ def test_workers_make_micro_batches() -> None:
     moved = to_device(made[0], torch.device("meta"))
     assert moved.keys() == made[0].keys()
     assert {name for name, value in moved.items() if value.device.type == "cpu"} == {"max_seqlen"}
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=40).map(np.array),
+    st.integers(60, 200),
+    st.integers(1, 6),
+)
+def test_evened_bins_hold_every_item_once_in_a_multiple_of_bins(
+    lengths: Numbers, capacity: int, multiple: int
+) -> None:
+    tight = best_fit(lengths, capacity)
+    bins = evened(lengths, tight, capacity, multiple)
+    assert sorted(bins.items.tolist()) == list(range(len(lengths)))
+    sums = [int(lengths[bins[number]].sum()) for number in range(len(bins))]
+    assert max(sums) <= capacity
+    if bins is not tight:
+        assert len(bins) == -(-len(tight) // multiple) * multiple
+        # Whoever is fullest was the emptiest when its last, and shortest, item came.
+        assert max(sums) - min(sums) <= int(lengths.max())
+
+
+def test_bins_that_cannot_be_evened_stay_tight() -> None:
+    lengths = np.array([6, 6, 4, 4, 4])  # 12 and 12; evened 14 and 10
+    tight = best_fit(lengths, 12)
+    assert len(tight) == 2
+    assert evened(lengths, tight, 12, 1) is tight
+
+
+def test_pairs_of_a_step_fill_every_replica_alike() -> None:
+    """100 pairs of 300 tokens in rows of 8,192: 4 rows, and with three replicas 6 of 17 or 16."""
+    lengths = np.full(100, 300)
+    tight = best_fit(lengths, 8192)
+    assert [len(tight[number]) for number in range(len(tight))] == [27, 27, 27, 19]
+    bins = evened(lengths, tight, 8192, 3)
+    assert [len(bins[number]) for number in range(len(bins))] == [17, 17, 17, 17, 16, 16]
+
+
+def test_a_micro_batch_is_as_wide_as_its_longest_row() -> None:
+    def one(length: int) -> Text:
+        """A text that takes so many positions as input."""
+        return text([1] * (length + 1), "-" * length + "+")
+
+    rows = [[one(100), one(31)], [one(12)]]
+    assert trimmed(rows, 4096) == 256
+    assert trimmed(rows, 200) == 200
+    assert trimmed([[one(128)]], 4096) == trimmed([[], []], 4096) == 128

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,38 @@ def best_fit(lengths: npt.NDArray[Any], capacity: int) -> Bins:
     starts = np.zeros(bins + 1, dtype=np.int64)
     np.cumsum(np.bincount(bin_of, minlength=bins), out=starts[1:])
     return Bins(order[np.argsort(bin_of, kind="stable")], starts)
+
+
+def evened(lengths: npt.NDArray[Any], bins: Bins, capacity: int, multiple: int) -> Bins:
+    """The items in as many bins as fill up a multiple, none of them much fuller than the others.
+
+    Who works through bins in rounds, one a process, then has none that is nearly empty, and none to
+    wait for. The longest item first, each into the emptiest bin (Graham, SIAM J. Appl. Math. 17(2),
+    1969); where one would overflow, the bins stay as they are.
+
+    Args:
+        lengths: [items].
+        bins: of these items.
+        capacity: of a bin.
+    """
+    count = -(-len(bins) // multiple) * multiple
+    heap = [(0, number) for number in range(count)]
+    bin_of = np.empty(len(lengths), dtype=np.int64)
+    for item in np.argsort(-lengths.astype(np.int64), kind="stable"):
+        full, number = heap[0]
+        heapq.heapreplace(heap, (full + int(lengths[item]), number))
+        bin_of[item] = number
+    if max(heap)[0] > capacity:
+        return bins
+    order = np.argsort(bin_of, kind="stable")
+    starts = np.searchsorted(bin_of[order], np.arange(count + 1))
+    return Bins(order, starts)
+
+
+def trimmed(rows: Sequence[Sequence[Example]], width: int, multiple: int = 128) -> int:
+    """The width that these rows need, rounded up, and no more than `width`."""
+    longest = max(sum(len(one.tokens) - 1 for one in row) for row in rows)
+    return min(-(-max(longest, 1) // multiple) * multiple, width)
 
 
 def collate(rows: Sequence[Sequence[Example]], width: int) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from math import ceil
 
 import numpy as np
 
-from tanren.data.packing import Bins, Numbers, best_fit
+from tanren.data.packing import Bins, Numbers, best_fit, evened
 
 # The items of an epoch; their order does not matter.
 Items = Callable[[int], Numbers]
@@ -87,7 +87,7 @@ class Pairs:
 
     def __init__(
         self, lengths: Numbers, items: Items, *, width: int, a_step: int, seed: int,
-        epochs: float | None = None,
+        epochs: float | None = None, together: int = 1,
     ) -> None:  # fmt: skip
         """Lay out pairs.
 
@@ -95,8 +95,10 @@ class Pairs:
             lengths: [examples], of each one as the model's input.
             items: the pairs of an epoch, by their numbers.
             epochs: where the pairs end; without it they never do.
+            together: rows that are read at a time; a step's pairs are spread evenly over a
+                multiple of it. The pairs of a step do not depend on it.
         """
-        self.lengths = lengths.reshape(-1, 2).sum(1)
+        self.lengths, self.together = lengths.reshape(-1, 2).sum(1), together
         self.width = width
         alone = Conversations(
             self.lengths, items, width=width, a_step=a_step, seed=seed, packing=False, epochs=epochs
@@ -111,7 +113,8 @@ class Pairs:
     def rows(self, step: int) -> list[Numbers]:
         """The examples of each row of a step, from 0."""
         pairs = np.concatenate(self._alone.rows(step))
-        bins = best_fit(self.lengths[pairs], self.width)
+        lengths = self.lengths[pairs]
+        bins = evened(lengths, best_fit(lengths, self.width), self.width, self.together)
         return [
             np.stack([2 * pairs[row], 2 * pairs[row] + 1], axis=1).ravel()
             for row in (bins[number] for number in range(len(bins)))

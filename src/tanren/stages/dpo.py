@@ -72,10 +72,10 @@ def run(plan: DpoPlan, attempt: int) -> None:
 
 
 def _pairs(data: Data, items: Items, a_step: int, epochs: float | None) -> Pairs:
-    recipe = data.plan.recipe
+    recipe, batch = data.plan.recipe, data.plan.batch
     return Pairs(
         data.examples.lengths, items, width=recipe.row_length, a_step=a_step,
-        seed=recipe.seed, epochs=epochs,
+        seed=recipe.seed, epochs=epochs, together=batch.data_parallel * batch.micro_batch,
     )  # fmt: skip
 
 

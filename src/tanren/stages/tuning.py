@@ -120,10 +120,12 @@ class Data:
         That is numbers [2 x pairs], which example of the run each is; rewards and reference
         [2 x pairs]; present [pairs]. Without any pair there is one that is not present, number -1.
         """
-        batch = packing.collate(
-            [[self.examples[int(number)] for number in row] for row in rows],
-            self.plan.recipe.row_length,
-        )
+        texts = [[self.examples[int(number)] for number in row] for row in rows]
+        width = self.plan.recipe.row_length
+        if self.plan.recipe.layout.pipeline == 1:
+            # What pipeline stages send one another has one shape.
+            width = packing.trimmed(texts, width)
+        batch = packing.collate(texts, width)
         if self.plan.stage == "sft":
             return batch
         numbers = np.concatenate(rows)
