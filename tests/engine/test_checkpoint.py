@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tanren import runs
+from tanren.config.errors import RequestError
 from tanren.convert import mcore
 from tanren.plan.paths import RunFolder
 from tests.engine.adapters import TIED, hf_tensors
@@ -112,3 +114,16 @@ def test_the_precision_aware_optimizer_goes_on_from_its_own_bit_for_bit(
     # Updates of 0.05 leave something beside the weight's 8 bits.
     assert not torch.equal(master, weight.float())
     assert torch.equal(master.bfloat16(), weight)
+
+
+def test_state_that_is_laid_out_by_buckets_is_refused(tmp_path: Path) -> None:
+    """What checkpoints.reshard: data wrote, while there was such a field."""
+    from tanren.engine.checkpoint import load
+
+    layout = {"distrib_optim_sharding_type": "dp_reshardable"}
+    torch.save({"content_metadata": layout}, tmp_path / "common.pt")
+    (tmp_path / "metadata.json").write_bytes(mcore.FORMAT)
+    state: Any = SimpleNamespace(model=torch.nn.Linear(1, 1))
+    with pytest.raises(RequestError, match="which is not read any more") as refused:
+        load(state, tmp_path)
+    assert refused.value.place == str(tmp_path)
