@@ -82,8 +82,7 @@ def main(folder: Path, gib: float) -> None:
         began = time.perf_counter()
         staging.allocate(size)
         here.send(Memory(size, tuple(items)))
-        if staging._locking is not None:
-            staging._locking.join()
+        staging.lock()
         print(f"{size / 2**30:.1f} GiB locked in {time.perf_counter() - began:.2f} s")
         matrix = torch.randn(4096 if device == "cuda" else 64, 4096, device=device).bfloat16()
         for number in range(2):

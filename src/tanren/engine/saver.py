@@ -50,6 +50,7 @@ from tanren.plan.paths import PARTIAL, RunFolder
 logger = logging.getLogger("tanren")
 
 _WRITER_DIED = "the process that writes it was killed (is the node out of memory?)"
+_ELSEWHERE = "another rank could not write its part: "
 # Savers of one process group, so that none takes another's word in the store.
 _number = itertools.count()
 
@@ -116,6 +117,7 @@ class Saver:
             items += _items(shard, tensors, places)
         self.staging.allocate(size)
         self._send(Memory(size, tuple(items)))
+        self.staging.lock()
 
     def _tensors(self, state: TrainingState, shard: shards.Shard) -> dict[str, torch.Tensor]:
         return {"weight": shards.weight(shard), **shards.state(state.optimizer, shard)}
@@ -175,7 +177,7 @@ class Saver:
         elif self.store.check([self._key("outcome")]):
             outcome = self.store.get(self._key("outcome")).decode()
             if outcome:
-                self._fail(f"another rank could not write its part: {outcome}")
+                self._fail(_ELSEWHERE + outcome.removeprefix(_ELSEWHERE))
             self.writing = None
 
     def _take(self, answer: Written | Published | Failed) -> None:
@@ -196,7 +198,7 @@ class Saver:
         answers = [self.store.get(key) for key in keys]
         for answer in answers:
             if not answer.startswith(b"+"):
-                self._fail(f"another rank could not write its part: {answer[1:].decode()}")
+                self._fail(_ELSEWHERE + answer[1:].decode())
         self._publishing = True
         assert self.writing is not None
         records = tuple(answer[1:] for answer in answers)

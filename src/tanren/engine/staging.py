@@ -6,67 +6,58 @@ import logging
 import mmap
 import os
 import resource
-import threading
+import time
 from typing import Any
 
 import torch
 
 logger = logging.getLogger("tanren")
 
-# Page-locked at a time, so that nothing waits long for it; a copy must not cross a border.
-_LOCKED_AT_ONCE = 1 << 28
 # Where tensors begin in the memory.
 ALIGNMENT = 64
 
 
 class Staging:
-    """Host memory of a fixed size, without a name in any file system (/dev/shm may be small).
-
-    On a GPU it is page-locked, in a thread: for the 20 GB of a rank that takes seconds.
-    """
+    """Host memory of a fixed size, without a name in any file system (/dev/shm may be small)."""
 
     def __init__(self) -> None:
         self.descriptor = os.memfd_create("tanren-checkpoint")
         self.copied: torch.cuda.Event | None = None
-        self._bytes: torch.Tensor | None = None
+        self._bytes = torch.empty(0, dtype=torch.uint8)
         self._stream: torch.cuda.Stream | None = None
-        self._locking: threading.Thread | None = None
-        self._locked: list[int] = []
+        self._locked = False
 
     def allocate(self, size: int) -> None:
         """Make it so long, in bytes; once."""
-        assert self._bytes is None
+        assert not self._bytes.numel()
         # To the kernel it is a file, and a limit on these is not meant for it.
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         os.ftruncate(self.descriptor, size)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        if not size:
-            self._bytes = torch.empty(0, dtype=torch.uint8)
-            return
-        self._bytes = torch.frombuffer(mmap.mmap(self.descriptor, size), dtype=torch.uint8)
-        if torch.cuda.is_available():
-            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            device = torch.cuda.current_device()
-            self._locking = threading.Thread(target=self._lock, args=(device,), daemon=True)
-            self._locking.start()
+        if size:
+            self._bytes = torch.frombuffer(mmap.mmap(self.descriptor, size), dtype=torch.uint8)
 
-    def _lock(self, device: int) -> None:
-        # A thread begins on the first device, and would make a context there.
-        torch.cuda.set_device(device)
-        assert self._bytes is not None
+    def lock(self) -> None:
+        """Page-lock it on a GPU, so that copies go on beside what is computed.
+
+        For the 20 GB of a rank this takes seconds, and it is no work for a thread beside training:
+        what the driver holds up meanwhile may be a collective that another rank waits for.
+        """
+        if not (torch.cuda.is_available() and self._bytes.numel()):
+            return
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        base, size = self._bytes.data_ptr(), self._bytes.numel()
-        for first in range(0, size, _LOCKED_AT_ONCE):
-            length = min(_LOCKED_AT_ONCE, size - first)
-            portable = 1
-            if int(runtime.cudaHostRegister(base + first, length, portable)) != 0:
-                logger.warning(
-                    "memory for checkpoints cannot be page-locked beyond %.1f GiB: saves will "
-                    "block training longer", first / 2**30,
-                )  # fmt: skip
-                return
-            self._locked.append(base + first)
+        began, size = time.perf_counter(), self._bytes.numel()
+        portable = 1
+        self._locked = int(runtime.cudaHostRegister(self._bytes.data_ptr(), size, portable)) == 0
+        if self._locked:
+            seconds = time.perf_counter() - began
+            logger.info("%.1f GiB for checkpoints page-locked in %.1f s", size / 2**30, seconds)
+        else:
+            logger.warning(
+                "the memory for checkpoints cannot be page-locked: saves block training longer"
+            )
 
     def copy(self, tensors: list[tuple[torch.Tensor, int]]) -> None:
         """Begin to copy contiguous tensors, each to its place in bytes.
@@ -74,26 +65,20 @@ class Staging:
         From a GPU it goes on beside what is computed; `finish` waits for it. The tensors must not
         change before.
         """
-        assert self._bytes is not None
         if self._stream is None:
-            for tensor, place in tensors:
-                self._bytes[place : place + tensor.nbytes].copy_(_as_bytes(tensor))
+            self._copy(tensors)
             return
-        if self._locking is not None:
-            self._locking.join()
-            self._locking = None
         # The update may still be running.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            for tensor, place in tensors:
-                source, begin, end = _as_bytes(tensor), place, place + tensor.nbytes
-                while begin < end:
-                    border = min(begin - begin % _LOCKED_AT_ONCE + _LOCKED_AT_ONCE, end)
-                    part = source[begin - place : border - place]
-                    self._bytes[begin:border].copy_(part, non_blocking=True)
-                    begin = border
+            self._copy(tensors)
             self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self.copied.record(self._stream)
+
+    def _copy(self, tensors: list[tuple[torch.Tensor, int]]) -> None:
+        for tensor, place in tensors:
+            source = tensor.detach().view(-1).view(torch.uint8)
+            self._bytes[place : place + source.numel()].copy_(source, non_blocking=True)
 
     def finish(self) -> None:
         """Wait until everything is copied."""
@@ -103,15 +88,10 @@ class Staging:
 
     def close(self) -> None:
         """Give the memory back."""
-        if self._locking is not None:
-            self._locking.join()
         self.finish()
-        for address in self._locked:
-            torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
-        self._locked.clear()
-        self._bytes = None
+        if self._locked:
+            runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            runtime.cudaHostUnregister(self._bytes.data_ptr())
+            self._locked = False
+        self._bytes = torch.empty(0, dtype=torch.uint8)
         os.close(self.descriptor)
-
-
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().view(-1).view(torch.uint8)
