@@ -75,8 +75,6 @@ class Saver:
         self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
         self.report = report
         self.writing: int | None = None
-        # Its stubs know no bytes.
-        self.store: Any = PrefixStore(f"checkpoints {next(_number)}", _get_default_store())
         self.staging = Staging()
         self._shards: list[shards.Shard] | None = None
         self._objects: dict[str, bytes] = {}
@@ -87,7 +85,11 @@ class Saver:
         if dist.get_rank() == 0:
             for left in folder.checkpoints.glob(f"*{PARTIAL}"):
                 shutil.rmtree(left, ignore_errors=True)
-        dist.barrier()
+        # The first rank's number for all of them, once it has removed what was left.
+        number = [next(_number)]
+        dist.broadcast_object_list(number)
+        # Its stubs know no bytes.
+        self.store: Any = PrefixStore(f"checkpoints {number[0]}", _get_default_store())
         self._connection, theirs = Pipe()
         ends = theirs.fileno(), self.staging.descriptor
         with _deaf_to_signals():
