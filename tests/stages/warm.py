@@ -230,15 +230,10 @@ def main(words: list[str]) -> None:
     once: Any = cpu
     once.hide_gpu_libraries = lambda: None
     eager.import_megatron()
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    # The process that writers report to. Begun by a job, it would end with the job.
-    filesystem_async._get_write_results_queue()
     serve = _be_second if words else _serve
     serve(lambda answer: print(json.dumps(answer), file=answers, flush=True))
     if _Job.second is not None:
         _Job.second.end()
-    filesystem_async._results_queue._manager.shutdown()
     os._exit(0)  # at once: all that is left is seconds of taking down what torch has put up
 
 
