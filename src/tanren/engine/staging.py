@@ -7,6 +7,7 @@ import mmap
 import os
 import resource
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ logger = logging.getLogger("tanren")
 
 # Where tensors begin in the memory.
 ALIGNMENT = 64
+# What a thread touches at a time.
+_SLICE = 2**28
 
 
 class Staging:
@@ -49,6 +52,7 @@ class Staging:
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         began, size = time.perf_counter(), self._bytes.numel()
+        self.touch()
         portable = 1
         self._locked = int(runtime.cudaHostRegister(self._bytes.data_ptr(), size, portable)) == 0
         if self._locked:
@@ -58,6 +62,17 @@ class Staging:
             logger.warning(
                 "the memory for checkpoints cannot be page-locked: saves block training longer"
             )
+
+    def touch(self, threads: int = 8) -> None:
+        """Have the kernel give every page of it, by several threads.
+
+        Locking would do that too, by one: at 1.6 GB/s that took 22 s for a rank of 8.59 B on two
+        GPUs.
+        """
+        size = self._bytes.numel()
+        with ThreadPoolExecutor(threads) as pool:
+            for first in range(0, size, _SLICE):
+                pool.submit(self._bytes[first : first + _SLICE].zero_)
 
     def copy(self, tensors: list[tuple[torch.Tensor, int]]) -> None:
         """Begin to copy contiguous tensors, each to its place in bytes.
