@@ -12,6 +12,7 @@ import torch.distributed as dist
 from tanren.config.errors import WorkError
 from tanren.engine import loop
 from tanren.engine.loop import Budget, Objective, Rhythm, StopRequest
+from tanren.engine.timing import StepTimer
 
 
 class Recorded:
@@ -19,7 +20,7 @@ class Recorded:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, total: float = 6.0) -> None:
         self.asked: list[str] = []
-        monkeypatch.setattr(loop, "run_pass", lambda *_: [torch.tensor([total, 2.0])])
+        monkeypatch.setattr(loop, "run_pass", lambda *_, timer: [torch.tensor([total, 2.0])])
         monkeypatch.setattr(loop.parallel_state, "get_tensor_model_parallel_rank", lambda: 0)
 
     def __getattr__(self, name: str) -> Any:
@@ -43,9 +44,12 @@ class Recorded:
             lambda sums: {"loss": sums[0] / sums[1]},
         )
         feed: Any = None
-        return loop._step(
-            state, objective, feed, iter(()), Budget(4, 1), torch.device("cpu"), stop, saver, rhythm
-        )
+        cpu = torch.device("cpu")
+        means, norm, total = loop._step(
+            state, objective, feed, iter(()), Budget(4, 1), cpu, stop, saver, rhythm,
+            StepTimer(cpu),
+        )  # fmt: skip
+        return means, norm, total.stop, total.late
 
 
 def test_a_step_waits_for_the_copy_before_it_updates(
@@ -87,7 +91,7 @@ def test_the_clock_goes_round_with_the_loss(alone: None, monkeypatch: pytest.Mon
 
 def test_another_ranks_flag_counts_here(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def reduce(total: torch.Tensor) -> None:
-        total += torch.tensor([4.0, 2.0, 0.0, 1.0], dtype=torch.float64)
+        total += torch.tensor([4.0, 2.0, 0.0, 1.0, 0.0], dtype=torch.float64)
 
     monkeypatch.setattr(dist, "all_reduce", reduce)
     means, _, asked, late = Recorded(monkeypatch).train(Rhythm(None, minutes=2), StopRequest())
