@@ -80,7 +80,9 @@ class Tanren:
         environment = os.environ | {
             "RUNS": str(self.runs), "TANREN_PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
             # Whether an image lies about must not decide where a test runs.
-            "CUDA_VISIBLE_DEVICES": "", "RUNTIME": "native", **self.environment,
+            "CUDA_VISIBLE_DEVICES": "", "RUNTIME": "native",
+            # Nor whether what is tested is committed yet.
+            "ALLOW_DIRTY": "1", **self.environment,
         }  # fmt: skip
         return subprocess.Popen(
             command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

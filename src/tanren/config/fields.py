@@ -22,6 +22,9 @@ _PART = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"
 # Of a source. Its token files lie in folders where the name has a /, and never outside of them.
 SOURCE_NAME = rf"^{_PART}(/{_PART})*$"
 
+# Of an environment variable that holds a key or a token: its value is written nowhere.
+SECRET_NAME = r"(?i)(KEY|TOKEN|SECRET|PASSWORD|PASSPHRASE)S?$"
+
 
 def one_key_mapping(value: Any) -> Any:
     """`init: {hf: PATH}` and `init: hf:PATH` say the same."""

@@ -209,6 +209,39 @@ def read_recipe(path: Path, variant: str | None, assignments: list[str]) -> tupl
     return stage, cast(Recipe, validate(changed, STAGES[stage]))
 
 
+def changed_fields(
+    path: Path, variant: str | None, assignments: list[str]
+) -> dict[str, tuple[Any, Any]]:
+    """What the variant and the --set changes make of a recipe's fields: before and after.
+
+    A field that one of both does not state is None there. Without a plain recipe beside the
+    variant, before is nothing.
+    """
+    plain = _with_base(path, []).values if path.exists() else {}
+    there = recipe_path(path, variant)
+    values = _with_base(there, []).values if there.exists() else plain
+    for keys, value in parse_set(assignments):
+        nested: Any = value
+        for key in reversed(keys):
+            nested = {key: nested}
+        values = merge(values, nested)
+    before, after = _flat(plain), _flat(values)
+    return {
+        key: (before.get(key), after.get(key))
+        for key in [*before, *(key for key in after if key not in before)]
+        if before.get(key) != after.get(key)
+    }
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return found
+
+
 def _places_of(value: Any, location: Location, place: str) -> dict[Location, str]:
     """The same place for every value that is not a mapping, and for what is inside lists."""
     items = value.items() if isinstance(value, dict) else ()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tanren.config.fields import NonNegative, Positive, PositiveFloat, Strict
+from tanren.config.fields import SECRET_NAME, NonNegative, Positive, PositiveFloat, Strict
 
 
 class NodeType(Strict):
@@ -52,6 +53,16 @@ class Site(Strict):
         for field, name in (("gpu_type", self.gpu_type), ("cpu_type", self.cpu_type)):
             if name not in self.types:
                 raise ValueError(f"{field} {name} is none of the types {', '.join(self.types)}")
+        return self
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> Site:
+        for name in self.environment:
+            if re.search(SECRET_NAME, name):
+                raise ValueError(
+                    f"environment.{name} would be written into every job script: take it out, and "
+                    f"export {name} in the shell"
+                )
         return self
 
 

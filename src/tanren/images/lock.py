@@ -49,7 +49,7 @@ class Lock(Strict):
 
     def facts(self) -> dict[str, Any]:
         """What a passport says of the image that a run used."""
-        return self.model_dump(include={"image", "sha256", "base", "definition", "python"})
+        return self.model_dump(exclude={"format", "seconds"})
 
 
 def image_file(folder: Path, image: Image) -> Path:

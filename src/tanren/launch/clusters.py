@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tanren import runs
+from tanren import provenance, runs
 from tanren.config.errors import RequestError, TanrenError
-from tanren.config.load import read_user
+from tanren.config.load import read_user, repository
 from tanren.launch import container, fetching, parts, queue, submit
 from tanren.launch.submit import Order, shown
 from tanren.plan.make import make_plan
@@ -56,6 +57,9 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
     plan = make_plan(request)
     start = submit.look(plan)
     if not start.done:
+        provenance.refuse_dirty(
+            repository(), order.allow_dirty or bool(os.environ.get("ALLOW_DIRTY"))
+        )
         _refuse_unfetched(order, request, needs)
     waits, made_first = list(order.after), []
     for wanted in references(request.recipe):

@@ -55,14 +55,14 @@ def _absolute_sets(sets: tuple[S, ...], folder: Path) -> tuple[S, ...]:
     return tuple(one.model_copy(update={"path": _absolute(one.path, pattern_safe)}) for one in sets)
 
 
-def _sets(recipe: Recipe) -> tuple[Source, ...] | tuple[ChatSet, ...]:
+def sets_of(recipe: Recipe) -> tuple[Source, ...] | tuple[ChatSet, ...]:
     """The collections that a recipe reads."""
     if isinstance(recipe, Preprocess):
         return recipe.sources
     return recipe.datasets if isinstance(recipe, Tuning) else ()
 
 
-def _tokenizer_path(recipe: Recipe) -> str | None:
+def tokenizer_path(recipe: Recipe) -> str | None:
     """The tokenizer that a recipe names by a path."""
     if isinstance(recipe, Preprocess):
         return recipe.tokenizer.path
@@ -87,8 +87,8 @@ def _absolute_base(base: str, folder: Path) -> str:
 
 def paths(recipe: Recipe) -> list[str]:
     """The files and folders that a recipe names (patterns as they are)."""
-    found = [one.path for one in _sets(recipe)]
-    found.append(_tokenizer_path(recipe))
+    found = [one.path for one in sets_of(recipe)]
+    found.append(tokenizer_path(recipe))
     kind, _, where = _base(recipe).partition(":")
     if kind in ("hf", "checkpoint") and where.startswith("/"):
         found.append(glob.escape(where))
@@ -104,7 +104,7 @@ def hub_parts(recipe: Recipe) -> dict[str, hub.Wanted]:
     found = {}
     if isinstance(recipe, Preprocess) and recipe.tokenizer.hf is not None:
         found["tokenizer"] = hub.tokenizer_of(recipe.tokenizer.hf)
-    for one in _sets(recipe):
+    for one in sets_of(recipe):
         wanted = sources.wanted_of(one)
         if wanted is not None:
             found[one.name] = wanted
@@ -128,13 +128,13 @@ def marks(recipe: Recipe) -> dict[str, str | None]:
         RequestError: a source matches no file, or a folder is not there.
     """
     found: dict[str, str | None] = {}
-    tokenizer = _tokenizer_path(recipe)
+    tokenizer = tokenizer_path(recipe)
     if tokenizer is not None:
         path = Path(tokenizer)
         found["tokenizer"] = (
             _mark([path]) if path.is_file() else _mark_of_folder(path, "the tokenizer's")
         )
-    for one in _sets(recipe):
+    for one in sets_of(recipe):
         if one.path is not None:
             found[one.name] = _mark(sources.files_of(one))
     base = _base(recipe)

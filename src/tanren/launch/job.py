@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tanren import runs
+from tanren import provenance, runs
 from tanren.config.errors import RequestError, TanrenError, WorkError
-from tanren.config.load import read_site
+from tanren.config.load import read_site, repository
 from tanren.launch import container, inputs, local, native, queue, scheduler, submit
 from tanren.launch.container import Container
 from tanren.launch.machine import this_machine, visible_gpus
@@ -68,6 +68,10 @@ def run(
         return None
     if inside is None:
         native.complete()
+    here, there = provenance.git_commit(repository())["id"], (order.commit or {}).get("id")
+    if here and there and here != there:
+        say(f"note: the checkout is at {here[:12]} now, and was at {there[:12]} when the job was "
+            "submitted; the job runs what is there now")  # fmt: skip
     if start.iteration:
         say(f"{plan.stage} goes on from iteration {start.iteration}")
     nodes = _nodes(order, allocation, folder)
@@ -128,9 +132,18 @@ def _nodes(order: Ordered, allocation: Allocation, folder: RunFolder) -> submit.
     hosts = allocation.hosts[: order.nodes]
     port = queue.FIRST_PORT + zlib.crc32(allocation.job_id.encode()) % queue.PORTS
     meeting = local.Meeting(hosts[0], port)
+    facts = {
+        "site": order.site,
+        "id": allocation.job_id,
+        "type": order.type,
+        "nodes": order.nodes,
+        "hosts": list(hosts),
+        "hours": order.hours,
+        "submitted": order.commit,
+    }
     if order.nodes == 1:
-        return submit.Nodes((), meeting)
+        return submit.Nodes((), meeting, facts)
     hostfile = folder.root / "hosts"
     hostfile.write_text("".join(f"{host}\n" for host in hosts))
     adapter = scheduler.adapter(read_site(order.site).scheduler)
-    return submit.Nodes(tuple(adapter.start_on_every_node(hosts, hostfile)), meeting)
+    return submit.Nodes(tuple(adapter.start_on_every_node(hosts, hostfile)), meeting, facts)

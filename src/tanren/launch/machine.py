@@ -45,6 +45,30 @@ def _smallest_gpu() -> Gpu | None:
 
 
 @cache
+def gpus_and_driver() -> tuple[tuple[str, ...], str | None]:
+    """The name of each GPU and the driver's version, as the driver tells them; none without it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=20
+        ).stdout
+        found = [line.split(", ", 1) for line in listed.splitlines() if line]
+        return tuple(name for _, name in found), found[0][0]
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return (), None
+
+
+def cpu_name() -> str:
+    """The processor as the kernel names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "unknown"
+
+
+@cache
 def compute_capability() -> float | None:
     """Of the oldest GPU, 9.0 for an H100 or H200; None where the driver does not tell."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from tanren import runs
+from tanren import provenance, runs
 from tanren.config.errors import RequestError, TanrenError, WorkError
 from tanren.config.fields import Strict
 from tanren.config.load import read_site, repository, sites
@@ -67,6 +67,9 @@ class Ordered(Strict):
     needs: tuple[str, ...] = ()
     part: Part | None = None
     bench: Bench | None = None
+    changed: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
+    # The code when it was submitted; a job runs what the checkout is when it starts.
+    commit: dict[str, Any] | None = None
 
 
 class Submitted(Strict):
@@ -272,6 +275,8 @@ def _write_order(
         needs=tuple(map(str, must_be_done)),
         part=request.part,
         bench=request.bench,
+        changed=dict(request.changed),
+        commit=provenance.git_commit(repository()),
     )
     runs.write_json(folder.order, orjson.loads(frozen.model_dump_json()))
 
@@ -346,6 +351,7 @@ def read_order(folder: RunFolder) -> tuple[Ordered, Request]:
         model=order.model,
         part=order.part,
         bench=order.bench,
+        changed=order.changed,
     )
     return order, request
 

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,17 @@ import orjson
 
 from tanren import provenance, runs
 from tanren.config.errors import RequestError, TanrenError
-from tanren.config.load import read_model, read_recipe, read_user, recipe_path, repository
+from tanren.config.load import (
+    changed_fields,
+    read_model,
+    read_recipe,
+    read_user,
+    recipe_path,
+    repository,
+)
 from tanren.config.schema import Convert, Recipe
 from tanren.config.training import Midtrain, Training
-from tanren.launch import container, inputs, local
+from tanren.launch import container, inputs, local, origins
 from tanren.launch.container import Container
 from tanren.launch.machine import this_machine, visible_gpus
 from tanren.plan import training
@@ -72,6 +79,8 @@ class Order:
     plain_if_absent: bool = False
     # Run a few steps of the stage to measure it.
     bench: Bench | None = None
+    # Submit code that no commit holds.
+    allow_dirty: bool = False
 
     def command(self, verb: str) -> str:
         """This order as a command that can be pasted."""
@@ -149,6 +158,7 @@ def read_request(order: Order, machine: Machine | None = None) -> Request:
         inputs=inputs.marks(recipe),
         counts=inputs.counts(recipe),
         bench=order.bench,
+        changed=changed_fields(path, order.variant, list(order.assignments)),
     )
     return with_products(request)
 
@@ -405,7 +415,7 @@ def container_for(
 
 
 # What a bench's folder keeps: its lock, who asked for it, its logs, and by which code it was run.
-_KEPT = (".lock", ".submit", "order.json", "jobs.json", "hosts", "log", "passport.json")
+_KEPT = (".lock", ".submit", "order.json", "jobs.json", "hosts", "log", "passport.json", "diff")
 
 
 def _clear(folder: RunFolder) -> None:
@@ -419,10 +429,14 @@ def _clear(folder: RunFolder) -> None:
 
 @dataclass(frozen=True)
 class Nodes:
-    """The nodes of a job: how to start something on each, and where their processes meet."""
+    """The nodes of a job: how to start something on each, and where their processes meet.
+
+    `job` is what the passport says of it.
+    """
 
     starter: tuple[str, ...]
     meeting: local.Meeting
+    job: Mapping[str, Any] = field(default_factory=dict)
 
 
 def start(
@@ -446,7 +460,13 @@ def start(
         value = orjson.loads(plan.model_dump_json())
         runs.write_json(folder.plan, value)
         image = inside.lock.facts() if inside else None
-        attempt = provenance.open_attempt(folder, repository(), value, image)
+        host = {
+            **origins.of_host(plan, cores),
+            **({"job": dict(nodes.job)} if nodes and nodes.job else {}),
+            "inputs": origins.inputs_of(plan),
+            "from": origins.chain(plan),
+        }
+        attempt = provenance.open_attempt(folder, repository(), value, image, host)
         meeting = nodes.meeting if nodes else None
         script = local.script(folder, plan.launch, attempt, cores, inside, meeting)
         # In a scheduler's job job.sh is what the scheduler was given.
@@ -456,6 +476,8 @@ def start(
         starter = nodes.starter if nodes else ()
         ending = local.run(folder, file, attempt, lock, watch(folder, attempt), starter)
         stopped = ending is not None and folder.stopped.exists()
-        words = "done" if ending is None else "stopped" if stopped else ending.problem
-        provenance.close_attempt(folder, attempt, words)
+        words = "done" if ending is None else ending.problem
+        if stopped:
+            words = f"stopped: {(runs.read_json(folder.stopped) or {}).get('reason')}"
+        provenance.close_attempt(folder, attempt, words, {"made": origins.made_by(plan)})
     return ending

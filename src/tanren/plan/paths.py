@@ -76,6 +76,10 @@ class RunFolder:
     def passport(self) -> Path:
         return self.root / "passport.json"
 
+    def diff(self, attempt: int) -> Path:
+        """What no commit holds of the code that an attempt ran."""
+        return self.root / "diff" / f"{attempt}.patch"
+
     @property
     def job(self) -> Path:
         return self.root / "job.sh"

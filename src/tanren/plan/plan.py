@@ -107,6 +107,8 @@ class Request:
     part: Part | None = None
     # The recipe is that of a bench of the stage, not the stage's own.
     bench: Bench | None = None
+    # What the variant and --set made of the recipe's fields: before and after.
+    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
 
     @property
     def folder(self) -> RunFolder:
@@ -150,6 +152,8 @@ class PlanBase(Strict):
     notes: tuple[str, ...] = ()
     # Of a stage that is run to be measured.
     bench: Bench | None = None
+    # What the variant and --set made of the recipe's fields: before and after.
+    changed: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
 
     @property
     def folder(self) -> RunFolder:
@@ -322,6 +326,7 @@ def common(request: Request, settings: dict[str, Any], launch: Launch) -> dict[s
         "launch": launch,
         "settings": settings,
         "bench": request.bench,
+        "changed": dict(request.changed),
     }
 
 

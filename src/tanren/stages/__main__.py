@@ -21,10 +21,11 @@ from pathlib import Path
 
 import psutil
 
-from tanren import runs
+from tanren import provenance, runs
 from tanren.config.errors import TanrenError, WorkError
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import read_plan
+from tanren.stages.process import facts
 
 
 def main(arguments: list[str]) -> int:
@@ -56,6 +57,7 @@ def main(arguments: list[str]) -> int:
         stage = importlib.import_module(f"tanren.stages.{plan.stage}")
         if rank == 0:
             with runs.locked(folder.root / ".worker", wait_seconds=60):
+                provenance.note(folder, attempt, {"process": facts()})
                 stage.run(plan, attempt)
         else:
             stage.run(plan, attempt)
