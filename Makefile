@@ -5,20 +5,21 @@ SHELL := /bin/bash
 TASK ?= tiny
 STAGE ?= midtrain
 job = $(if $(SITE),--site '$(SITE)') $(if $(NODES),--nodes $(NODES)) $(if $(HOURS),--hours $(HOURS)) $(if $(TYPE),--type '$(TYPE)') $(if $(RESERVATION),--reservation '$(RESERVATION)')
-waits = $(foreach a,$(AFTER),--after '$(a)') $(if $(CHAIN),--chain $(CHAIN)) $(parts)
+waits = $(foreach a,$(AFTER),--after '$(a)') $(if $(CHAIN),--chain $(CHAIN)) $(parts) $(dirty)
 parts = $(if $(PARTS),--parts $(PARTS))
 where = $(if $(RUNTIME),--runtime '$(RUNTIME)') $(foreach b,$(BIND),--bind '$(b)')
+dirty = $(if $(ALLOW_DIRTY),--allow-dirty)
 options = $(if $(VARIANT),--variant '$(VARIANT)') $(if $(NAME),--name '$(NAME)') $(foreach s,$(SET),--set '$(s)') $(where) $(job)
 iteration = $(if $(ITER),--set 'iteration=$(ITER)')
 of = $(if $(filter-out midtrain,$(STAGE)),--set 'of=stage:$(STAGE)')
 recipe = recipes/$(TASK)/$@.yaml
 
-.PHONY: help setup fetch preprocess convert midtrain sft dpo pipeline export show generate fp8-gate bench plan build-image image-info lock shell status logs cancel test test-images test-schedulers check
+.PHONY: help setup fetch preprocess convert midtrain sft dpo pipeline export show generate fp8-gate bench plan build-image image-info lock shell status logs cancel reproduce diff test test-images test-schedulers check
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  with         TASK=tiny VARIANT= NAME= SET="a.b=c d=e" ITER=latest|500 RUNTIME=native BIND=/data'
-	@echo '  on clusters  SITE=abci3 NODES=2 HOURS=24 TYPE= AFTER=jobid CHAIN=3 PARTS=8 RESERVATION='
+	@echo '  on clusters  SITE=abci3 NODES=2 HOURS=24 TYPE= AFTER=jobid CHAIN=3 PARTS=8 RESERVATION= ALLOW_DIRTY=1'
 
 setup: ## .venv with pinned dependencies (HOST_ONLY=1: the login node's half)
 	@bin/setup $(if $(HOST_ONLY),host,engine)
@@ -54,10 +55,10 @@ generate: ## what the export of STAGE answers to PROMPT
 	@bin/setup host && bin/tanren generate recipes/$(TASK)/$(STAGE).yaml --prompt "$$PROMPT" $(if $(VARIANT),--variant '$(VARIANT)') $(if $(NAME),--name '$(NAME)') $(if $(RUNTIME),--runtime '$(RUNTIME)')
 
 fp8-gate: ## the first STEPS=200 of STAGE in bf16 and in FP8="delayed tensorwise", compared
-	@bin/setup host && bin/tanren gate recipes/$(TASK)/$(STAGE).yaml $(if $(STEPS),--steps $(STEPS)) $(foreach f,$(FP8),--fp8 '$(f)') $(options) --needs
+	@bin/setup host && bin/tanren gate recipes/$(TASK)/$(STAGE).yaml $(if $(STEPS),--steps $(STEPS)) $(foreach f,$(FP8),--fp8 '$(f)') $(options) $(dirty) --needs
 
 bench: ## how fast STAGE is here, and where a step's time goes (STEPS=12, REAL=1: own data, SAVE=1)
-	@bin/setup host && bin/tanren bench recipes/$(TASK)/$(STAGE).yaml $(if $(STEPS),--steps $(STEPS)) $(if $(REAL),--real) $(if $(SAVE),--save) $(options)
+	@bin/setup host && bin/tanren bench recipes/$(TASK)/$(STAGE).yaml $(if $(STEPS),--steps $(STEPS)) $(if $(REAL),--real) $(if $(SAVE),--save) $(options) $(dirty)
 
 plan: ## what STAGE of TASK would do; changes nothing
 	@bin/setup host && bin/tanren plan recipes/$(TASK)/$(STAGE).yaml $(options) $(parts)
@@ -82,6 +83,12 @@ logs: ## the newest log of RUN (FOLLOW=1: and what comes)
 
 cancel: ## end the jobs of RUN, saved (NOW=1: at once)
 	@bin/setup host && bin/tanren cancel $(RUN) $(if $(NOW),--now)
+
+reproduce: ## RUN once more from its passport, in a new folder (NAME=; FORCE=1: whatever differs)
+	@bin/setup host && bin/tanren reproduce '$(RUN)' $(if $(FORCE),--force) $(if $(NAME),--name '$(NAME)')
+
+diff: ## in what runs A and B of a stage differ, and their losses side by side
+	@bin/setup host && bin/tanren diff '$(A)' '$(B)'
 
 test: ## every test that this machine can run
 	@bin/setup dev && .venv/bin/python -m pytest -n auto --dist worksteal

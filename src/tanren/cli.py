@@ -59,6 +59,9 @@ Parts = Annotated[
     Optional[int],
     typer.Option("--parts", min=2, help="preprocess by so many nodes, a job each, and one to join"),
 ]
+Dirty = Annotated[
+    bool, typer.Option("--allow-dirty", help="submit code that no commit holds; the run keeps it")
+]
 Needs = Annotated[bool, typer.Option("--needs", help="first make the missing stages it stands on")]
 Then = Annotated[Optional[str], typer.Option("--then", help="another stage to run after it")]
 
@@ -75,6 +78,7 @@ def _order(
     runtime: str | None, binds: list[str] | None, site: str | None, nodes: int | None,
     hours: float | None, type_: str | None, reservation: str | None,
     after: list[str] | None = None, chain: int = 1, parts: int | None = None,
+    allow_dirty: bool = False,
 ) -> Order:  # fmt: skip
     """The options of a verb as one value. SET="user.group=g" is user.toml's for this once."""
     from tanren.launch.submit import Order
@@ -95,6 +99,7 @@ def _order(
         chain=chain,
         parts=parts,
         user=tuple(text.removeprefix("user.") for text in own),
+        allow_dirty=allow_dirty,
     )  # fmt: skip
 
 
@@ -104,7 +109,7 @@ def _stage_verb(stage: str, does: str) -> None:
         runtime: Runtime = None, bind: Binds = None, site: SiteName = None, nodes: Nodes = None,
         hours: Hours = None, type_: Type = None, reservation: Reservation = None,
         after: AfterJobs = None, chain: Chain = 1, parts: Parts = None, needs: Needs = False,
-        then: Then = None,
+        then: Then = None, allow_dirty: Dirty = False,
     ) -> None:  # fmt: skip
         from tanren.config.errors import RequestError
 
@@ -114,7 +119,7 @@ def _stage_verb(stage: str, does: str) -> None:
             )
         order = _order(
             recipe, variant, name, set_, runtime, bind, site, nodes, hours, type_, reservation,
-            after, chain, parts,
+            after, chain, parts, allow_dirty,
         )  # fmt: skip
         _run(order, needs, then)
 
@@ -142,7 +147,7 @@ def bench(
     save: Annotated[bool, typer.Option("--save", help="one checkpoint in the middle")] = False,
     variant: Variant = None, name: Name = None, set_: Sets = None, runtime: Runtime = None,
     bind: Binds = None, site: SiteName = None, nodes: Nodes = None, hours: Hours = None,
-    type_: Type = None, reservation: Reservation = None,
+    type_: Type = None, reservation: Reservation = None, allow_dirty: Dirty = False,
 ) -> None:  # fmt: skip
     """How fast a training stage is on this machine, and where a step's time goes."""
     from dataclasses import replace
@@ -151,7 +156,7 @@ def bench(
     from tanren.report import terminal
 
     order = _order(recipe, variant, name, set_, runtime, bind, site, nodes, hours, type_,
-                   reservation)  # fmt: skip
+                   reservation, allow_dirty=allow_dirty)  # fmt: skip
     measured = Bench(steps=steps, real=real, save=save)
     _stage(replace(order, bench=measured), False, terminal.console())
 
@@ -518,6 +523,9 @@ def _stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
     for note in planned.notes:
         screen.print(f"note: {note}", markup=False, highlight=False)
     submit.check_disk(planned)
+    changed = submit.uncommitted()
+    if changed:
+        screen.print(f"note: {changed}", markup=False, highlight=False)
     if fetching.fetch_missing(request.recipe, lambda: terminal.fetching(screen), screen.print):
         request = submit.read_request(order)
         planned = make_plan(request)
@@ -550,6 +558,7 @@ def pipeline(
     variant: Variant = None, name: Name = None, runtime: Runtime = None, bind: Binds = None,
     set_: Sets = None, site: SiteName = None, nodes: Nodes = None, hours: Hours = None,
     type_: Type = None, reservation: Reservation = None, after: AfterJobs = None, chain: Chain = 1,
+    allow_dirty: Dirty = False,
 ) -> None:  # fmt: skip
     """Several stages, one after the other; on a cluster all are submitted with dependencies.
 
@@ -571,7 +580,7 @@ def pipeline(
                 f"--stages {stages}", f"{stage} is no stage", f"the stages are {', '.join(STAGES)}"
             )
     given = _order(task / "stage.yaml", variant, name, set_, runtime, bind, site, nodes, hours,
-                   type_, reservation, after, chain)  # fmt: skip
+                   type_, reservation, after, chain, allow_dirty=allow_dirty)  # fmt: skip
     orders = []
     for number, stage in enumerate(wanted):
         order = replace(given, recipe_file=task / f"{stage}.yaml", plain_if_absent=True)
@@ -602,6 +611,7 @@ def gate(
     variant: Variant = None, name: Name = None, set_: Sets = None, runtime: Runtime = None,
     bind: Binds = None, site: SiteName = None, nodes: Nodes = None, hours: Hours = None,
     type_: Type = None, reservation: Reservation = None, needs: Needs = False,
+    allow_dirty: Dirty = False,
 ) -> None:  # fmt: skip
     """Whether FP8 trains as bf16 does: the same steps in each, and their losses compared.
 
@@ -617,7 +627,7 @@ def gate(
 
     screen = terminal.console()
     order = _order(recipe, variant, name, set_, runtime, bind, site, nodes, hours, type_,
-                   reservation)  # fmt: skip
+                   reservation, allow_dirty=allow_dirty)  # fmt: skip
     stated = tuple(one for text in fp8 or [] for one in text.split(",") if one)
     trials = gates.trials(order, stated, steps)
     pending = [trial for trial in trials if not trial.is_done]
@@ -716,6 +726,66 @@ def logs(
     log = clusters.newest_log(clusters.folder_of(run, runs_root()))
     sys.stdout.flush()
     os.execvp("tail", ["tail", "-n", "40", *(["-F"] if follow else []), str(log)])
+
+
+@app.command(epilog="Example: bin/tanren reproduce tiny/midtrain")
+def reproduce(
+    run: RunName,
+    force: Annotated[
+        bool, typer.Option("--force", help="although something differs; the passport says what")
+    ] = False,
+    name: Annotated[
+        Optional[str], typer.Option("--name", help="of the replay; else a number")
+    ] = None,
+) -> None:
+    """A run once more from its passport: its commit, image and data, in a new run folder.
+
+    The run is not touched. What it stands on is taken from where it is, or from the replay of the
+    same name where that has it.
+    """
+    from tanren.launch import clusters
+    from tanren.launch import compare as comparing
+    from tanren.launch import reproduce as replays
+    from tanren.launch.submit import check_name, runs_root, shown
+    from tanren.report import compare as report
+    from tanren.report import terminal
+
+    screen = terminal.console()
+    if name is not None:
+        check_name(name)
+    replay = replays.look(clusters.folder_of(run, runs_root()), name)
+    replays.refuse(replay, force)
+    for line in replay.differences:
+        screen.print(f"note: {line}", markup=False)
+    words, environment = replays.prepare(replay, force)
+    code = replays.call(words, environment)
+    if code:
+        raise typer.Exit(code)
+    if not replay.folder.done.exists():
+        screen.print(f"once it is done: bin/tanren diff {run} {shown(replay.folder.root)}")
+        return
+    compared = comparing.compare(replay.of, replay.folder)
+    for line in compared.groups["result"]:
+        screen.print(f"  made       {line}", markup=False)
+    report.print_curves(compared, screen)
+    same = "is the same, bit for bit" if compared.same_result else "is not the same"
+    screen.print(f"{shown(replay.folder.root)} {same}", markup=False)
+
+
+@app.command(epilog="Example: bin/tanren diff tiny/midtrain tiny/midtrain-try2")
+def diff(
+    one: Annotated[str, typer.Argument(metavar="RUN_A", help="a run folder, or TASK/RUN")],
+    other: Annotated[str, typer.Argument(metavar="RUN_B", help="another run of the same stage")],
+) -> None:
+    """In what two runs of a stage differ, and their loss curves side by side."""
+    from tanren.launch import clusters
+    from tanren.launch.compare import compare
+    from tanren.launch.submit import runs_root
+    from tanren.report import terminal
+    from tanren.report.compare import print_compared
+
+    there, here = (clusters.folder_of(run, runs_root()) for run in (one, other))
+    print_compared(compare(there, here), one, other, terminal.console())
 
 
 def main() -> None:

@@ -233,18 +233,26 @@ def _made(folder: RunFolder, stage: str) -> dict[str, Any] | None:
     return result if there.get(stage, True) else None
 
 
+def check_name(value: str, option: str = "--name", also: str = "-") -> None:
+    """Refuse a name that cannot be part of a folder's name.
+
+    Args:
+        also: what it may hold beside letters, digits, _ and a dot.
+    """
+    if not re.fullmatch(rf"[A-Za-z0-9_][A-Za-z0-9_.{also}]*", value):
+        raise RequestError(
+            f"{option} {value}",
+            "cannot be part of a folder's name",
+            "use letters, digits, _ and . (in a name - as well)",
+        )
+
+
 def _check_names(order: Order) -> None:
     """Variant and name become parts of a folder's name, from which both can be read back."""
-    for option, value, allowed in (
-        ("--variant", order.variant, r"[A-Za-z0-9_][A-Za-z0-9_.]*"),
-        ("--name", order.name, r"[A-Za-z0-9_][A-Za-z0-9_.-]*"),
-    ):
-        if value is not None and not re.fullmatch(allowed, value):
-            raise RequestError(
-                f"{option} {value}",
-                "cannot be part of a folder's name",
-                "use letters, digits, _ and . (in a name - as well)",
-            )
+    if order.variant is not None:
+        check_name(order.variant, "--variant", "")
+    if order.name is not None:
+        check_name(order.name)
 
 
 def missing(order: Order, request: Request) -> list[Order]:
@@ -367,6 +375,18 @@ def look(plan: Plan) -> Start:
                     "the same command again plans anew",
                 )
     return Start(plan, False, runs.latest_checkpoint(folder))
+
+
+def uncommitted() -> str | None:
+    """A note on code that no commit holds; None where there is none.
+
+    On one's own machine it is no more than that: a trial costs nothing, and the run keeps the diff.
+    """
+    commit = provenance.git_commit(repository())
+    if not commit["dirty"]:
+        return None
+    files = len(commit["changed"])
+    return f"{files} files of the checkout are not as in its commit; the run keeps the diff"
 
 
 def check_disk(plan: Plan) -> None:

@@ -262,14 +262,20 @@ def digest(value: Any) -> str:
 def read_plan(path: Path) -> Plan:
     """Read a plan.json."""
     try:
-        return _PLAN.validate_json(path.read_bytes())
+        return parse_plan(path.read_bytes(), path)
     except FileNotFoundError:
         raise RequestError(path, "there is no such plan") from None
+
+
+def parse_plan(value: bytes | Mapping[str, Any], place: object) -> Plan:
+    """A plan from its JSON, or from the values of it that a passport holds."""
+    try:
+        return _PLAN.validate_json(value if isinstance(value, bytes) else orjson.dumps(value))
     except ValidationError as error:
         first = error.errors()[0]
         field_name = ".".join(str(part) for part in first["loc"])
         raise RequestError(
-            path,
+            place,
             f"was written by another version of tanren ({field_name}: {first['msg']})",
             "run the stage under a new NAME=, or check out the commit that its passport names",
         ) from None
