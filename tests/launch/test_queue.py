@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from tanren import runs
+from tanren import provenance, runs
 from tanren.config.errors import RequestError
 from tanren.config.fields import Job
 from tanren.config.load import read_site, read_user
 from tanren.config.site import Site, User
-from tanren.launch import queue, submit
+from tanren.launch import clusters, queue, submit
 from tanren.plan.make import make_plan
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import MidtrainPlan
@@ -457,3 +457,33 @@ def test_the_plan_of_a_job_says_what_it_costs_and_whether_its_time_will_do(empty
     # Three times 168 hours would do, if each job did not stop earlier, to save.
     assert row.endswith("the run takes about 503.8 hours: CHAIN=4")
     assert not empty.queue.exists()
+
+
+def test_code_that_no_commit_holds_is_not_submitted_unasked(
+    empty: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ALLOW_DIRTY", raising=False)
+    for name, value in {**empty.environment, "RUNS": str(empty.runs), "RUNTIME": "native"}.items():
+        monkeypatch.setenv(name, value)
+    dirty = {"id": "0" * 40, "dirty": True, "changed": ["src/tanren/runs.py"]}
+    monkeypatch.setattr(provenance, "git_commit", lambda *_: dirty)
+    order = submit.Order(RECIPES / "preprocess.yaml", wish=Wish(type="cpu"))
+    place = clusters.place_for(order)
+    assert place is not None
+    with pytest.raises(RequestError, match=r"no commit holds: src/tanren/runs.py") as refused:
+        clusters.send(order, place, False, print)
+    assert "ALLOW_DIRTY=1" in refused.value.next_step
+    assert not empty.queue.exists()
+    assert clusters.send(replace(order, allow_dirty=True), place, False, print) == ("100",)
+    frozen = runs.read_json(empty.runs / "tiny" / "preprocess" / "order.json")
+    assert frozen["commit"] == dirty
+
+
+def test_a_submission_writes_no_key(empty: Cluster) -> None:
+    keys = {"HF_TOKEN": "hf_planted12345678", "WANDB_API_KEY": "planted-wandb-12345678"}
+    empty.tanren.environment |= keys
+    assert empty.stage("preprocess").code == 0
+    files = [path for path in empty.runs.rglob("*") if path.is_file()]
+    assert {"order.json", "job.sh", "jobs.json"} <= {path.name for path in files}
+    for path in files:
+        assert not any(key in path.read_text() for key in keys.values()), path

@@ -74,6 +74,8 @@ def _facts(attempt: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     plan, commit = attempt["plan"], attempt.get("commit") or {}
     recipe = dict(plan.get("recipe", {}))
     layout = recipe.pop("layout", None)
+    if "iteration" in plan:  # of an export, what `latest` was
+        recipe["iteration"] = plan["iteration"]
     machine = dict(attempt.get("machine") or {})
     return {
         "recipe": {**recipe, "shape": plan.get("model")},

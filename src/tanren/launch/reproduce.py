@@ -169,8 +169,8 @@ def _machine(last: Mapping[str, Any]) -> list[str]:
     keys = ("cpu", "cores", "gpus", "driver")
     plan = parse_plan(last["plan"], "plan")
     here = origins.of_host(plan, len(os.sched_getaffinity(0)))["machine"]
-    both = ({key: one.get(key) for key in keys} for one in (there, here))
-    return [f"machine: {line}" for line in differences(*both)]
+    was, now = ({key: one.get(key) for key in keys} for one in (there, here))
+    return [f"machine: {line}" for line in differences(was, now)]
 
 
 def _data(last: Mapping[str, Any], plan: Plan, of: RunFolder, root: Path) -> list[str]:
