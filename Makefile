@@ -14,7 +14,7 @@ iteration = $(if $(ITER),--set 'iteration=$(ITER)')
 of = $(if $(filter-out midtrain,$(STAGE)),--set 'of=stage:$(STAGE)')
 recipe = recipes/$(TASK)/$@.yaml
 
-.PHONY: help setup fetch preprocess convert midtrain sft dpo pipeline export show generate fp8-gate bench plan build-image image-info lock shell status logs cancel reproduce diff test test-images test-schedulers check
+.PHONY: help setup fetch preprocess convert midtrain sft dpo pipeline export show generate fp8-gate bench plan build-image image-info lock shell status report wandb-sync logs cancel reproduce diff test test-images test-schedulers check
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +77,12 @@ shell: ## a shell in IMAGE
 
 status: ## every run: state, job, step, loss, time left
 	@bin/setup host && bin/tanren status
+
+report: ## RUN's page, report.html (WITH="mine/sft mine/sft-b": others laid over it)
+	@bin/setup host && bin/tanren report $(RUN) $(WITH)
+
+wandb-sync: ## sends Weights & Biases what it has not yet of RUN
+	@bin/setup host && bin/tanren wandb-sync $(RUN)
 
 logs: ## the newest log of RUN (FOLLOW=1: and what comes)
 	@bin/setup host && bin/tanren logs $(RUN) $(if $(FOLLOW),--follow)

@@ -82,7 +82,9 @@ class Tanren:
             # Whether an image lies about must not decide where a test runs.
             "CUDA_VISIBLE_DEVICES": "", "RUNTIME": "native",
             # Nor whether what is tested is committed yet.
-            "ALLOW_DIRTY": "1", **self.environment,
+            "ALLOW_DIRTY": "1",
+            # Nor may a developer's key send tiny runs anywhere.
+            "WANDB_MODE": "disabled", **self.environment,
         }  # fmt: skip
         return subprocess.Popen(
             command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

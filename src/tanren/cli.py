@@ -678,7 +678,7 @@ def job(run: Path, segment: Annotated[int, typer.Option("--segment")] = 1) -> No
     """What a scheduler's job calls on its first node."""
     from tanren.launch import job as jobs
     from tanren.plan.paths import RunFolder
-    from tanren.plan.plan import read_plan
+    from tanren.plan.plan import TrainingPlan, read_plan
     from tanren.report import terminal
 
     screen = terminal.console()
@@ -691,6 +691,8 @@ def job(run: Path, segment: Annotated[int, typer.Option("--segment")] = 1) -> No
     if done.bench is not None:
         # Nobody waits at a terminal: it goes to the job's log.
         terminal.summary(done, screen)
+    elif isinstance(done, TrainingPlan):
+        terminal.print_report(done.folder, screen, write=True)
 
 
 @app.command(epilog="Example: bin/tanren status")
@@ -700,7 +702,41 @@ def status() -> None:
     from tanren.launch.submit import runs_root
     from tanren.report import terminal
 
-    terminal.print_status(clusters.status(runs_root()), terminal.console())
+    root = runs_root()
+    terminal.print_status(clusters.status(root), root, terminal.console())
+
+
+@app.command(epilog="Example: bin/tanren report tiny/midtrain tiny/midtrain-hot")
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="a run folder, or TASK/RUN; others laid over it"),
+    ],
+    out: Annotated[
+        Optional[Path], typer.Option("--out", help="a file; else in the first run's folder")
+    ] = None,
+) -> None:
+    """One HTML file about a run, or about several compared, that opens without a network."""
+    from tanren.launch import clusters
+    from tanren.launch.submit import runs_root, shown
+    from tanren.report import page, terminal
+
+    root = runs_root()
+    path = page.write([clusters.folder_of(run, root) for run in runs], out)
+    terminal.console().print(f"  report     {shown(path)}", markup=False)
+
+
+@app.command("wandb-sync", epilog="Example: bin/tanren wandb-sync tiny/midtrain")
+def wandb_sync(run: RunName) -> None:
+    """Send Weights & Biases what it has not yet of a run's metrics; needs a key and a network."""
+    from tanren import tracking
+    from tanren.launch import clusters
+    from tanren.launch.submit import runs_root
+    from tanren.report import terminal
+
+    sent = tracking.sync(clusters.folder_of(run, runs_root()))
+    terminal.console().print(f"  {sent.lines:,} lines sent, {sent.there:,} are there"
+                             f"{': ' + sent.url if sent.url else ''}", markup=False)  # fmt: skip
 
 
 @app.command(epilog="Example: bin/tanren cancel tiny/midtrain")

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from tanren.config.fields import SECRET_NAME, NonNegative, Positive, PositiveFloat, Strict
+from tanren.config.training import Tracking
 
 
 class NodeType(Strict):
@@ -70,7 +71,8 @@ class User(Strict):
     """user.toml: what is yours and never in a tracked file.
 
     `runs`, `data`, `images` and `cache` are folders; `binds` are folders that containers see as
-    well; `site` is a file's name in recipes/sites, `group` what its scheduler charges.
+    well; `site` is a file's name in recipes/sites, `group` what its scheduler charges. `tracking`
+    is for runs whose recipe states none.
     """
 
     site: str | None = None
@@ -81,3 +83,4 @@ class User(Strict):
     cache: str | None = None
     binds: tuple[str, ...] = ()
     debian_mirror: str | None = None
+    tracking: Tracking = Tracking()

@@ -195,6 +195,19 @@ class Measured(Strict):
     on: str
 
 
+class Wandb(Strict):
+    """Weights & Biases: the project and the entity (a person or a team) that a run goes to."""
+
+    project: str | None = None
+    entity: str | None = None
+
+
+class Tracking(Strict):
+    """Where the metrics go besides metrics.jsonl and TensorBoard. Keys are named nowhere here."""
+
+    wandb: Wandb | None = None
+
+
 class Training(Strict):
     """What every stage that trains says: the model, how it trains and how it lies on the GPUs.
 
@@ -220,6 +233,7 @@ class Training(Strict):
     checkpoints: Checkpointing
     seed: NonNegative = 1234
     job: Job = Job()
+    tracking: Tracking = Tracking()
     measured: Measured | None = None
 
     @property

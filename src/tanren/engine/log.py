@@ -1,5 +1,7 @@
 """Metrics: one JSON line a step in metrics.jsonl, the same in TensorBoard, a plain line in the log.
 
+Weights & Biases has them from metrics.jsonl, by a process of its own (tanren.tracking).
+
 A tracker that fails is dropped with a warning; training does not wait for it or die of it.
 """
 
@@ -12,6 +14,7 @@ from typing import Any
 
 from tanren import runs
 from tanren.config.errors import WorkError
+from tanren.tracking import Follower
 
 logger = logging.getLogger("tanren")
 
@@ -20,9 +23,11 @@ class Metrics:
     """Writes the metrics of one attempt. Only the first rank has one that writes."""
 
     def __init__(
-        self, path: Path, tensorboard: Path | None, *, attempt: int, enabled: bool
-    ) -> None:
+        self, path: Path, tensorboard: Path | None, *, attempt: int, enabled: bool,
+        follower: Follower | None = None,
+    ) -> None:  # fmt: skip
         self.path, self.attempt, self.enabled = path, attempt, enabled
+        self._follower = follower
         self._board = _tensorboard(tensorboard) if enabled and tensorboard else None
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -38,6 +43,8 @@ class Metrics:
                 f"cannot be written: {error.strerror}",
                 "make room and run the same command again: it goes on from the last checkpoint",
             ) from error
+        if self._follower is not None:
+            self._follower.look()
         if self._board is not None:
             try:
                 for key, value in values.items():

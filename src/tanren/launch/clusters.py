@@ -162,7 +162,10 @@ def status(root: Path) -> list[Row]:
     return rows
 
 
-def _row(folder: RunFolder, root: Path, states: queue.States) -> Row:
+def state_of(
+    folder: RunFolder, states: queue.States = queue.states_at
+) -> tuple[str, tuple[str, ...]]:
+    """How a run is, by its folder and, where it has jobs, its scheduler; and its live jobs."""
     try:
         live = queue.live_jobs(folder, states)
         asked = None
@@ -171,6 +174,11 @@ def _row(folder: RunFolder, root: Path, states: queue.States) -> Row:
     state = _state(folder, tuple(live.values()))
     if asked is not None and state == "unfinished":
         state = "unknown: the scheduler does not answer"
+    return state, tuple(live)
+
+
+def _row(folder: RunFolder, root: Path, states: queue.States) -> Row:
+    state, live = state_of(folder, states)
     metrics = runs.read_lines(folder.metrics)[-50:]
     steps = [line for line in metrics if "loss" in line]
     total, left = 0, None

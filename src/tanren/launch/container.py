@@ -33,7 +33,8 @@ HOME = "/home/tanren"
 PASSED = (
     "CUDA_VISIBLE_DEVICES", "HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "JOB_ID",
     "PBS_JOBID", "SLURM_JOB_ID", "TANREN_DEADLINE", "TANREN_DEBUG", "WANDB_API_KEY",
-    "WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_MODE", "http_proxy", "https_proxy", "no_proxy",
+    "WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_MODE", "WANDB_PROJECT", "http_proxy", "https_proxy",
+    "no_proxy",
 )  # fmt: skip
 PASSED_PATTERNS = ("FI_", "GLOO_", "NCCL_", "UCX_")
 

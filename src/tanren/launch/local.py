@@ -17,9 +17,9 @@ from types import FrameType
 
 import psutil
 
-from tanren import runs
+from tanren import runs, tracking
 from tanren.config.errors import EXIT_STOPPED, TanrenError, WorkError
-from tanren.config.load import repository
+from tanren.config.load import read_user, repository
 from tanren.data import hub
 from tanren.launch import container
 from tanren.launch.container import Container
@@ -72,6 +72,7 @@ def script(
         "TOKENIZERS_PARALLELISM": "true",
         # Said here: inside a container user.toml may be another, and so is the home.
         "DATA": str(hub.data_root()),
+        **_tracking(),
     }
     if launch.device == "cpu":
         # GPUs that the plan does not use must not be found by torch either.
@@ -97,6 +98,22 @@ def script(
         lines += [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
     lines.append(f"exec {container.shell_line(words)}")
     return "\n".join(lines) + "\n"
+
+
+def _tracking() -> dict[str, str]:
+    """Where user.toml wants a run tracked, as wandb's own variables say it; no key."""
+    stated = read_user().tracking.wandb
+    if stated is None:
+        return {}
+    project = os.environ.get(tracking.PROJECT) or stated.project or "tanren"
+    entity = os.environ.get(tracking.ENTITY) or stated.entity
+    return {tracking.PROJECT: project} | ({tracking.ENTITY: entity} if entity else {})
+
+
+def _environment() -> dict[str, str]:
+    """What the job inherits, and the key in ~/.netrc, which no container sees."""
+    key = tracking.key_of_this_machine()
+    return dict(os.environ) | ({tracking.KEY: key} if key else {})
 
 
 def python_path() -> str:
@@ -134,6 +151,7 @@ def run(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            env=_environment(),
             # A terminal's Ctrl-C reaches this process alone, which lets the workers save;
             # torchrun would give them 30 seconds.
             start_new_session=True,

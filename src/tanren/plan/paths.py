@@ -125,6 +125,25 @@ class RunFolder:
         return self.root / "tensorboard"
 
     @property
+    def wandb(self) -> Path:
+        """Which run of Weights & Biases this one is, and how much of the metrics it has."""
+        return self.root / "wandb.json"
+
+    @property
+    def wandb_log(self) -> Path:
+        return self.root / "log" / "wandb.log"
+
+    @property
+    def report(self) -> Path:
+        """The page about this run."""
+        return self.root / "report.html"
+
+    @property
+    def comparison(self) -> Path:
+        """The page that lays other runs over this one."""
+        return self.root / "comparison.html"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

@@ -338,8 +338,8 @@ def common(request: Request, settings: dict[str, Any], launch: Launch) -> dict[s
 
 def settings_of(recipe: Strict, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
     dumped: dict[str, Any] = orjson.loads(recipe.model_dump_json())
-    # What is asked of a scheduler, and how fast it once was, change no result.
-    left_out = (*without, "job", "measured")
+    # What is asked of a scheduler, who watches, and how fast it once was, change no result.
+    left_out = (*without, "job", "tracking", "measured")
     return {key: value for key, value in dumped.items() if key not in left_out}
 
 

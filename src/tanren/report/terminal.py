@@ -24,6 +24,7 @@ from rich.progress import (
 )
 
 from tanren import runs
+from tanren.config.errors import TanrenError
 from tanren.data.fetch import Progress as Fetching
 from tanren.data.fetch import Report
 from tanren.images.lock import Lock
@@ -33,6 +34,7 @@ from tanren.plan.paths import RunFolder
 from tanren.plan.plan import ConvertPlan, ExportPlan, Plan, TrainingPlan
 from tanren.report.bench import print_bench
 from tanren.report.conversation import print_sets
+from tanren.report.small_curve import print_loss
 
 PLAIN_SECONDS = 10.0
 # What of the held-out metrics a summary shows, and how it calls them.
@@ -181,6 +183,7 @@ def summary(plan: Plan, screen: Console) -> None:
         print_bench(runs.read_json(plan.folder.bench), plan.folder, screen)
     elif isinstance(plan, TrainingPlan):
         _training_summary(plan, result, screen)
+        print_report(plan.folder, screen, write=True)
     elif isinstance(plan, ExportPlan):
         screen.print(f"  model      [bold]{shown(result['hf'])}[/]")
         if result["sample"]:
@@ -208,8 +211,30 @@ def _training_summary(plan: TrainingPlan, result: dict[str, Any], screen: Consol
     screen.print(f"  checkpoint {shown(plan.folder.checkpoint(int(result['iteration'])))}")
 
 
-def print_status(rows: list[Row], screen: Console) -> None:
-    """A table of runs."""
+def print_report(folder: RunFolder, screen: Console, *, write: bool) -> None:
+    """A small curve of the loss, and where the page about a run is or how it is made.
+
+    Args:
+        write: make the page now, if that takes no longer than a second or so. A page that cannot be
+            written is no failure of the run.
+    """
+    from tanren.report import page
+
+    print_loss(folder, screen)
+    command = f"make report RUN={folder.root.parent.name}/{folder.root.name}"
+    if write and page.cheap(folder):
+        try:
+            screen.print(f"  report     {shown(page.write([folder]))}", markup=False)
+        except TanrenError as error:
+            screen.print(f"  report     not made: {error.problem}   ({command})", markup=False)
+    elif folder.report.exists():
+        screen.print(f"  report     {shown(folder.report)}   ({command}: anew)", markup=False)
+    else:
+        screen.print(f"  report     {command}", markup=False)
+
+
+def print_status(rows: list[Row], root: Path, screen: Console) -> None:
+    """A table of runs, and the curve of the one that trained last."""
     if not rows:
         screen.print("no runs yet")
         return
@@ -233,6 +258,11 @@ def print_status(rows: list[Row], screen: Console) -> None:
         # Whole lines in a pipe; what does not fit a terminal is the log, which is at the end.
         shown_line = line[: screen.width] if screen.is_terminal else line
         screen.print(shown_line.rstrip(), style=None if number else "bold", markup=False)
+    trained = [row for row in rows if row.loss is not None]
+    if trained:
+        newest = max(trained, key=lambda row: RunFolder(root / row.run).metrics.stat().st_mtime)
+        screen.print(f"the loss of {newest.run}", style="bold", markup=False)
+        print_report(RunFolder(root / newest.run), screen, write=False)
 
 
 @contextmanager

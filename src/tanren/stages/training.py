@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 
-from tanren import runs
+from tanren import runs, tracking
 from tanren.config.errors import RequestError
 from tanren.config.training import Lora, Tuning
 from tanren.convert import hf, mcore
@@ -173,9 +173,11 @@ def train(
     timing.startup.reached("base")
     logger.info("%d steps of %d samples", budget.steps, budget.global_batch)
     folder = plan.folder
+    follower = tracking.follow(plan) if ranks.is_first else None
     metrics = Metrics(
-        folder.metrics, folder.tensorboard, attempt=session.attempt, enabled=ranks.is_first
-    )
+        folder.metrics, folder.tensorboard, attempt=session.attempt, enabled=ranks.is_first,
+        follower=follower,
+    )  # fmt: skip
     measuring, kind = None, Saver
     if plan.bench is not None:
         assert session.rates is not None
@@ -209,6 +211,9 @@ def train(
     if ranks.is_first:
         _close(plan, outcome, budget, made)
     distributed.finalize()
+    # After the last word: the run is done whatever becomes of this.
+    if follower is not None:
+        follower.end()
 
 
 def _close(
