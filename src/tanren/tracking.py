@@ -52,7 +52,7 @@ def key_of_this_machine() -> str | None:
         found = netrc.netrc(path).authenticators(host or "")
     except (OSError, netrc.NetrcParseError):
         return None
-    return found[2] if found else None
+    return (found[2] or None) if found else None
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,8 @@ def _image_options(image: Image, root: Path, folder: Path) -> list[str]:
     options = [str(root / image.requirements)]
     if image.engine:
         # The same versions as outside of the image, so that what is tested here is what runs there.
-        options += [str(root / "pyproject.toml"), "--extra", "engine", "-c", str(root / NATIVE)]
+        options += [str(root / "pyproject.toml"), "--extra", "engine", "--extra", "tracking",
+                    "-c", str(root / NATIVE)]  # fmt: skip
     pins = folder / f"{image.name}.pins"
     pins.write_text("".join(f"{name}=={version}\n" for name, version in versions.pins.items()))
     never = folder / f"{image.name}.never"

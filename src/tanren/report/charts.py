@@ -36,7 +36,7 @@ class Chart:
 CHARTS = (
     Chart("loss", "Loss", "nats", (
         Line("loss", "training", "smoothed"), Line("held_out_loss", "held out", "points"))),
-    Chart("accuracy", "Accuracy of preferences", "share of pairs", (
+    Chart("accuracy", "Accuracy of preferences", "of pairs", (
         Line("accuracy", "training", "smoothed"), Line("held_out_accuracy", "held out", "points"))),
     Chart("margin", "Margin: chosen less rejected reward", "reward", (
         Line("margin", "training", "smoothed"), Line("held_out_margin", "held out", "points"))),
@@ -162,6 +162,8 @@ def _short(value: float) -> float:
 def number(value: float) -> str:
     """A value as a person reads it: `5.507`, `7,189`, `3e-05`."""
     size = abs(value)
+    if size < 1e-8:
+        return "0"
     if size >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"

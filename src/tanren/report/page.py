@@ -245,6 +245,10 @@ def _curves(records: Sequence[Record], drawn: list[dict[str, Any]]) -> str:
         f"{title}</label>"
         for name, title in (("step", "step"), ("tokens", "tokens read"), ("hours", "hours"))
     )
+    long = max(curve.steps[-1] for one in records for curve in one.curves.values()) > 1000
+    axes += (
+        f'<label><input type="checkbox" id="start"{" checked" * long}>without the first 2 %</label>'
+    )
     return (
         "<section><h2>Curves</h2><noscript><p class='notice'>The curves need JavaScript; every "
         "figure has its values in a table below it.</p></noscript>"

@@ -38,10 +38,12 @@
     const dashed = several && line.place > 0;
     const one = { label: line.label, stroke: hue, width: 2, spanGaps: true, value: (_, v) => short(v),
                   points: { show: false } };
-    if (line.kind === "faint") Object.assign(one, { stroke: hue + "66", width: 1 });
+    if (line.kind === "faint") Object.assign(one, { stroke: hue + (line.steps.length > 800 ? "30" : "66"), width: 1 });
     if (line.kind === "points") {
-      Object.assign(one, { width: line.joined ? 1.5 : 0, dash: [5, 4],
-                           points: { show: true, size: 7, stroke: hue, fill: hue } });
+      const few = line.steps.length <= 60;
+      Object.assign(one, { width: line.joined ? 1.5 : 0, dash: few ? [5, 4] : [],
+                           points: { show: few || !line.joined, size: few ? 7 : 4,
+                                     stroke: hue, fill: hue } });
     }
     if (dashed && line.kind !== "points") one.dash = [6, 4];
     // One step alone makes no line.
@@ -87,20 +89,35 @@
       padding: [10, 14, 0, 0],
       cursor: { sync: { key: "figures" }, focus: { prox: 24 } },
       focus: { alpha: 0.35 },
-      scales: { x: { time: false } },
+      // Seconds are looked at beside nothing at all.
+      scales: { x: { time: false },
+                ...(/^(s|GiB)/.test(chart.unit) && { y: { range: (_, __, high) => [0, 1.1 * high || 1] } }) },
       axes: [
         { ...axes, values: (_, all) => all.map(short), label: title, labelSize: 20,
           labelFont: "12px system-ui, sans-serif" },
-        { ...axes, values: (_, all) => all.map(short), size: 62 },
+        { ...axes, values: (_, all) => all.map(short), size: 70 },
       ],
       series: [{ label: title, value: (_, v) => short(v) }, ...chart.lines.map(series)],
       hooks: { drawAxes: [starts] },
     }, uPlot.join(tables), target);
   };
 
+  // The first steps fall so deep that all others look flat beside them.
+  const start = document.getElementById("start");
+  const enlarge = () => {
+    const x = plots.map((plot) => plot.data[0]);
+    const last = Math.max(...x.map((one) => one[one.length - 1]));
+    const first = start?.checked ? last / 50 : Math.min(...x.map((one) => one[0]));
+    if (last <= first) return;
+    plots.forEach((plot, at) => {
+      if (data.charts[at].id !== "lr") plot.setScale("x", { min: first, max: last });
+    });
+  };
+
   const all = () => {
     plots.forEach((plot) => plot.destroy());
     plots = data.charts.map((chart) => draw(chart, document.querySelector(`#chart-${chart.id} .plot`)));
+    if (plots.length) enlarge();
     // For whoever looks whether the curves are there: points that lie in the drawing.
     document.documentElement.dataset.points = plots.map((plot) => plot.series.slice(1).reduce(
       (sum, _, at) => sum + plot.data[at + 1].filter((v) => v != null).length, 0)).join(" ");
@@ -108,9 +125,11 @@
 
   all();
   document.getElementById("axis")?.addEventListener("change", (event) => {
+    if (event.target.name !== "axis") return;
     axis = event.target.value;
     all();
   });
+  start?.addEventListener("change", all);
   dark.addEventListener("change", all);
   let width = window.innerWidth;
   window.addEventListener("resize", () => {
