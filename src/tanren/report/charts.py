@@ -144,7 +144,8 @@ def _table(records: Sequence[Record], chart: Chart) -> dict[str, Any]:
                 whose = f"{record.name} " if len(records) > 1 else ""
                 titles.append(whose + line.label + (", smoothed" * (line.kind == "smoothed")))
                 columns.append(dict(zip(curve.steps, curve.values, strict=True)))
-    longest = sorted(max(columns, key=lambda column: len(column)))
+    fullest = max(columns, key=len)
+    longest = sorted(fullest)
     places = {round(n * (len(longest) - 1) / 11) for n in range(12)}
     # Held-out values are few, and at steps of their own.
     steps = sorted({longest[at] for at in places} | {s for c in columns if len(c) <= 12 for s in c})
