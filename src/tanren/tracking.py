@@ -247,11 +247,11 @@ def follow(plan: TrainingPlan) -> Follower | None:
     """
     folder, mode = plan.folder, os.environ.get(MODE, "")
     wanted = plan.recipe.tracking.wandb is not None or PROJECT in os.environ
-    if plan.bench is not None or mode in ("disabled", "dryrun"):
+    if plan.bench is not None or mode == "disabled":
         return None
-    key = key_of_this_machine()
-    if key is None or mode == "offline":
-        if wanted or mode == "offline":
+    key, offline = key_of_this_machine(), mode in ("offline", "dryrun")
+    if key is None or offline:
+        if wanted or offline:
             logger.info("wandb: %s; make wandb-sync RUN=%s/%s sends this run from where one is",
                         "no key here" if key is None else "offline is asked for",
                         folder.root.parent.name, folder.root.name)  # fmt: skip

@@ -44,8 +44,8 @@ sources:
 """
 FIELDS = (
     "model, init, sequence_length, global_batch, micro_batch, main_gradients, steps, precision, "
-    "fp8, optimizer, schedule, layout, checkpoints, seed, job, measured, data, mix, resume, split, "
-    "tokens, z_loss, evaluation"
+    "fp8, optimizer, schedule, layout, checkpoints, seed, job, tracking, measured, data, mix, resume, "
+    "split, tokens, z_loss, evaluation"
 )
 OPTIMIZER = "lr, min_lr, beta1, beta2, epsilon, weight_decay, clip_grad, moments"
 HINT = "YAML reads a number such as 5e-5 as text: write 5.0e-5"
@@ -500,7 +500,7 @@ def test_user_toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (
             "rums = 'a'",
             "user.toml: rums: is not a field here; the fields are site, group, runs, data, images, "
-            "cache, binds, debian_mirror.",
+            "cache, binds, debian_mirror, tracking.",
         ),
         ("runs = 3", "user.toml: runs: 3: input should be a valid string."),
         ("runs = /disk", "user.toml: not TOML: Invalid value (at line 1, column 8)."),
