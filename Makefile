@@ -14,7 +14,7 @@ iteration = $(if $(ITER),--set 'iteration=$(ITER)')
 of = $(if $(filter-out midtrain,$(STAGE)),--set 'of=stage:$(STAGE)')
 recipe = recipes/$(TASK)/$@.yaml
 
-.PHONY: help setup fetch preprocess convert midtrain sft dpo pipeline export show generate fp8-gate bench plan build-image image-info lock shell status report wandb-sync logs cancel reproduce diff test test-images test-schedulers check
+.PHONY: help setup doctor env-eval fetch preprocess convert midtrain sft dpo pipeline export eval show generate fp8-gate bench plan build-image image-info lock shell status report wandb-sync logs cancel reproduce diff test test-images test-schedulers check
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,12 @@ help: ## this list
 
 setup: ## .venv with pinned dependencies (HOST_ONLY=1: the login node's half)
 	@bin/setup $(if $(HOST_ONLY),host,engine)
+
+doctor: ## what this machine has and lacks for each stage (GPUS=1: measures every GPU)
+	@bin/setup host && bin/tanren doctor $(if $(SITE),--site '$(SITE)') $(if $(GPUS),--gpus) $(where)
+
+env-eval: ## .venv-eval with lm-evaluation-harness, for make eval
+	@bin/setup eval
 
 fetch: ## what TASK takes from the Hugging Face hub (VERIFY=1: hash again; UPDATE=1: ask anew)
 	@bin/setup host && bin/tanren fetch recipes/$(TASK) $(if $(VARIANT),--variant '$(VARIANT)') $(if $(VERIFY),--verify) $(if $(UPDATE),--update)

@@ -376,6 +376,32 @@ def generate(
     terminal.console().print(answer.rstrip(), markup=False)
 
 
+@app.command(epilog="Example: bin/tanren doctor --site local")
+def doctor(
+    site: SiteName = None,
+    gpus: Annotated[
+        bool, typer.Option("--gpus", help="measure every GPU and what joins them, a minute or two")
+    ] = False,
+    runtime: Runtime = None, bind: Binds = None,
+) -> None:  # fmt: skip
+    """What this machine has and lacks for each stage, and what to do; changes nothing."""
+    from tanren.launch import doctor as doctors
+    from tanren.launch import health
+    from tanren.report import terminal
+    from tanren.report.doctor import print_groups
+
+    screen = terminal.console()
+    groups = doctors.examine(site)
+    print_groups(groups, screen)
+    if gpus:
+        measured = health.examine(runtime, tuple(bind or ()))
+        print_groups([measured], screen)
+        groups.append(measured)
+    refusal = doctors.lacking(groups)
+    if refusal is not None:
+        raise refusal
+
+
 image = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Container images.")
 app.add_typer(image, name="image")
 ImageName = Annotated[

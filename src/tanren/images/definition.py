@@ -98,6 +98,11 @@ class Versions:
         return self.values["GLIBC"]
 
     @property
+    def cuda(self) -> str | None:
+        """The base's CUDA; None for an image without."""
+        return self.values.get("CUDA")
+
+    @property
     def build_gib(self) -> float:
         """Free space that a build needs: the unpacked base, the packages and the image."""
         return float(self.values["GIB"])
@@ -161,8 +166,9 @@ def definition_digest(image: Image, root: Path | None = None) -> str:
     for file in source_files(image, root):
         content.update(f"{file}\0".encode() + (root / file).read_bytes() + b"\0")
     for key, value in sorted(read_versions(image, root).values.items()):
-        # The room that a build needs changes nothing; a digest that is stated later neither.
-        if key not in ("GIB", "DIGEST"):
+        # The room that a build needs changes nothing, nor what is said of the base beside it; a
+        # digest that is stated later neither.
+        if key not in ("GIB", "CUDA", "DIGEST"):
             content.update(f"{key}={value}\0".encode())
     return content.hexdigest()
 
