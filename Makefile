@@ -14,7 +14,7 @@ iteration = $(if $(ITER),--set 'iteration=$(ITER)')
 of = $(if $(filter-out midtrain,$(STAGE)),--set 'of=stage:$(STAGE)')
 recipe = recipes/$(TASK)/$@.yaml
 
-.PHONY: help setup doctor env-eval fetch preprocess convert midtrain sft dpo pipeline export eval show generate fp8-gate bench plan build-image image-info lock shell status report wandb-sync logs cancel reproduce diff test test-images test-schedulers check
+.PHONY: help setup doctor env-eval fetch preprocess convert midtrain sft dpo pipeline export eval show generate fp8-gate bench plan build-image image-info lock shell status report wandb-sync logs cancel reproduce diff test test-images test-schedulers test-harness check
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,11 +54,14 @@ pipeline: ## STAGES=preprocess,convert,midtrain,export one after the other
 export: ## a checkpoint of STAGE=midtrain|sft|dpo to a Hugging Face folder
 	@bin/setup host && bin/tanren export $(recipe) $(options) $(waits) $(iteration) $(of) --needs
 
+eval: ## scores of the export of STAGE=midtrain|sft|dpo (TASKS=gsm8k,... LIMIT=)
+	@bin/setup host && bin/setup eval && bin/tanren eval $(recipe) $(options) $(waits) $(iteration) $(of) $(if $(TASKS),--set 'tasks=[$(TASKS)]') $(if $(LIMIT),--set 'limit=$(LIMIT)') --needs
+
 show: ## N=3 examples of STAGE=sft|dpo, with what of them is trained on
 	@bin/setup host && bin/tanren show $(STAGE) $(TASK) $(if $(N),--n $(N)) $(options)
 
-generate: ## what the export of STAGE answers to PROMPT
-	@bin/setup host && bin/tanren generate recipes/$(TASK)/$(STAGE).yaml --prompt "$$PROMPT" $(if $(VARIANT),--variant '$(VARIANT)') $(if $(NAME),--name '$(NAME)') $(if $(RUNTIME),--runtime '$(RUNTIME)')
+generate: ## what the export of STAGE answers to PROMPT, or to each line of PROMPTS=file.jsonl
+	@bin/setup host && bin/tanren generate recipes/$(TASK)/$(STAGE).yaml $(if $(PROMPTS),--prompts '$(PROMPTS)',--prompt "$$PROMPT") $(if $(VARIANT),--variant '$(VARIANT)') $(if $(NAME),--name '$(NAME)') $(if $(RUNTIME),--runtime '$(RUNTIME)')
 
 fp8-gate: ## the first STEPS=200 of STAGE in bf16 and in FP8="delayed tensorwise", compared
 	@bin/setup host && bin/tanren gate recipes/$(TASK)/$(STAGE).yaml $(if $(STEPS),--steps $(STEPS)) $(foreach f,$(FP8),--fp8 '$(f)') $(options) $(dirty) --needs
@@ -110,6 +113,9 @@ test-images: ## builds cpu.sif twice and trains in it; needs Apptainer and a net
 
 test-schedulers: ## jobs of the schedulers that run here: Slurm, Grid Engine, a PBS imitation
 	@bin/setup dev && .venv/bin/python -m pytest -n 3 -m schedulers --durations 5
+
+test-harness: ## a tiny export scored by the real lm-evaluation-harness; installs it
+	@bin/setup dev && bin/setup eval && .venv/bin/python -m pytest -n 0 -m harness --durations 5
 
 check: ## format, lint, types, imports, shell scripts
 	@bin/setup dev && bin/check

@@ -133,6 +133,7 @@ _stage_verb("midtrain", "Continued pre-training. The same command again goes on 
 _stage_verb("sft", "Supervised fine-tuning on conversations. The same command again goes on.")
 _stage_verb("dpo", "Tuning on preferences. The same command again goes on where it stopped.")
 _stage_verb("export", "A checkpoint to a Hugging Face folder.")
+_stage_verb("eval", "The scores of an export, by lm-evaluation-harness.")
 
 
 @app.command(epilog="Example: bin/tanren bench recipes/tiny/midtrain.yaml --set micro_batch=4")
@@ -356,22 +357,43 @@ def show(
 @app.command(epilog="Example: bin/tanren generate recipes/tiny/sft.yaml --prompt 'What is a list?'")
 def generate(
     recipe: RecipeFile,
-    prompt: Annotated[str, typer.Option("--prompt", help="what a person asks")],
+    prompt: Annotated[Optional[str], typer.Option("--prompt", help="what a person asks")] = None,
+    prompts: Annotated[
+        Optional[Path],
+        typer.Option("--prompts", help="a .jsonl of prompts or messages; answers go beside it"),
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="of --prompts, at a time")] = 16,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="of the answer, at most")] = 200,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     variant: Variant = None, name: Name = None, runtime: Runtime = None, bind: Binds = None,
 ) -> None:  # fmt: skip
     """What the newest export of a run answers, or how it goes on from a text (midtrain)."""
+    from dataclasses import replace
+
     from tanren.config.errors import RequestError
     from tanren.launch import tools
     from tanren.report import terminal
 
-    if not prompt:
-        raise RequestError("--prompt", "is empty", 'make generate STAGE=sft PROMPT="..."')
+    if bool(prompt) == (prompts is not None):
+        raise RequestError(
+            "--prompt", "is empty" if prompts is None else "and --prompts are two things to answer",
+            'make generate STAGE=sft PROMPT="...", or PROMPTS=file.jsonl',
+        )  # fmt: skip
     order = _order(recipe, variant, name, None, runtime, bind, "local", None, None, None, None)
     stage = order.recipe_file.stem
-    words = [str(tools.newest_export(order)), prompt, "--tokens", str(tokens), "--seed", str(seed)]
+    export = str(tools.newest_export(order))
+    words = ["--tokens", str(tokens), "--seed", str(seed)]
     words += [] if stage == "midtrain" else ["--chat"]
+    if prompts is not None:
+        file, output = prompts.absolute(), tools.answers_file(prompts.absolute())
+        words += ["--file", str(file), "--output", str(output), "--batch", str(batch)]
+        # A container sees the folder of the prompts as well, where the answers go.
+        order = replace(order, binds=(*order.binds, str(file.parent)))
+        tools.output_of(order, "tanren.stages.generate", [export, *words], gpus=True)
+        terminal.console().print(f"answers: {output}", markup=False, soft_wrap=True)
+        return
+    assert prompt
+    words = [export, prompt, *words]
     answer = tools.output_of(order, "tanren.stages.generate", words).decode()
     terminal.console().print(answer.rstrip(), markup=False)
 
@@ -520,7 +542,7 @@ def _stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
     Returns:
         the scheduler's jobs of the stage; none where it ran here or is done.
     """
-    from tanren.launch import clusters, fetching, native, parts, submit
+    from tanren.launch import clusters, fetching, parts, submit
     from tanren.plan.make import make_plan
     from tanren.report import terminal
 
@@ -556,8 +578,7 @@ def _stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
         request = submit.read_request(order)
         planned = make_plan(request)
     inside = submit.container_for(order, request)
-    if inside is None:
-        native.complete()
+    submit.make_ready(planned.stage, inside)
     if request.machine.idle_gpus and planned.launch.engine:
         screen.print(
             f"{request.machine.idle_gpus} GPUs stay idle: the engine needs Transformer Engine for "

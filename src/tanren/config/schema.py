@@ -10,7 +10,15 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from tanren.config.data import Preprocess
-from tanren.config.fields import Job, NonNegative, Positive, StageReference, Strict, one_key_mapping
+from tanren.config.fields import (
+    Job,
+    NonNegative,
+    Positive,
+    StageReference,
+    Strict,
+    one_key_mapping,
+    one_or_many,
+)
 from tanren.config.training import Dpo, Midtrain, Sft
 
 
@@ -56,7 +64,34 @@ class Export(Strict):
         return self
 
 
-Recipe = Preprocess | Convert | Midtrain | Sft | Dpo | Export
+class Evaluation(Strict):
+    """Scores of an export by lm-evaluation-harness.
+
+    `tasks` are the harness's own or local ones: the YAML files, of the harness's own form, in
+    `task_folder`, which is looked for from the recipe's folder; paths in them are from there.
+    `chat` asks by the chat template: when it is not said, models of sft and dpo are asked so.
+    `limit` takes the first examples of each task. `offline` keeps the harness from the hub, where
+    tasks of its own have their data.
+    """
+
+    of: StageReference
+    iteration: Positive | Literal["latest"] = "latest"
+    tasks: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9][^\s,=]*$")], ...],
+        BeforeValidator(one_or_many),
+        Field(min_length=1),
+    ]
+    task_folder: str | None = None
+    limit: Positive | None = None
+    shots: NonNegative | None = None
+    chat: bool | None = None
+    batch_size: Positive = 8
+    offline: bool = True
+    seed: NonNegative = 1234
+    job: Job = Job()
+
+
+Recipe = Preprocess | Convert | Midtrain | Sft | Dpo | Export | Evaluation
 
 STAGES: dict[str, type[Strict]] = {
     "preprocess": Preprocess,
@@ -65,4 +100,5 @@ STAGES: dict[str, type[Strict]] = {
     "sft": Sft,
     "dpo": Dpo,
     "export": Export,
+    "eval": Evaluation,
 }

@@ -15,7 +15,7 @@ from tanren.config.load import read_user, repository
 from tanren.launch import container, fetching, parts, queue, submit
 from tanren.launch.submit import Order, shown
 from tanren.plan.make import make_plan
-from tanren.plan.paths import RunFolder
+from tanren.plan.paths import APART_STAGES, RunFolder
 from tanren.plan.plan import Request, read_plan, reference, references
 from tanren.plan.site import Place
 
@@ -75,7 +75,9 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
         say(f"note: {note}")
     submit.check_disk(plan)
     inside = submit.container_for(order, request, place.type.gpus)
-    if inside is None and place.type.gpus and order.runtime != "native":
+    if plan.stage in APART_STAGES:
+        submit.make_ready(plan.stage, inside)
+    elif inside is None and place.type.gpus and order.runtime != "native":
         raise RequestError(
             container.images_folder(), "holds no image for GPUs (train.sif), which the job needs",
             "make build-image IMAGE=train, or RUNTIME=native where .venv has Transformer Engine",

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tanren import harness
 from tanren.config.errors import RequestError, TanrenError
 from tanren.config.load import read_site, read_user, repository
 from tanren.config.site import Site, User
 from tanren.data import hub
 from tanren.images.definition import IMAGES, read_versions
 from tanren.images.lock import check_definition, image_file
-from tanren.launch import container, harness, queue, submit
+from tanren.launch import container, queue, submit
 from tanren.launch.outside import Asked, Outside
 from tanren.launch.quota import quota_of
 

@@ -12,10 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar, cast
 
+from tanren import harness
 from tanren.config.data import ChatSet, Preprocess, Source
 from tanren.config.errors import RequestError
 from tanren.config.fields import SOURCE_NAME
-from tanren.config.schema import Convert, Recipe
+from tanren.config.schema import Convert, Evaluation, Recipe
 from tanren.config.training import Midtrain, Tuning
 from tanren.data import hub, sources
 
@@ -46,6 +47,9 @@ def with_absolute_paths(recipe: R, folder: Path) -> R:
             "datasets": _absolute_sets(recipe.datasets, folder),
         }
         return cast(R, recipe.model_copy(update=changes))
+    if isinstance(recipe, Evaluation):
+        folder_of_tasks = _absolute(recipe.task_folder, folder)
+        return recipe.model_copy(update={"task_folder": folder_of_tasks})
     return recipe
 
 
@@ -137,6 +141,10 @@ def marks(recipe: Recipe) -> dict[str, str | None]:
     for one in sets_of(recipe):
         if one.path is not None:
             found[one.name] = _mark(sources.files_of(one))
+    if isinstance(recipe, Evaluation):
+        found["harness"] = harness.pinned()
+        if recipe.task_folder is not None:
+            found["tasks"] = _mark_of_tasks(Path(recipe.task_folder))
     base = _base(recipe)
     if base.startswith("hf:/"):
         found["base"] = _mark_of_folder(Path(base.removeprefix("hf:")), "the base model's")
@@ -189,6 +197,20 @@ def _mark_of_folder(folder: Path, whose: str) -> str:
     if not folder.is_dir():
         raise RequestError(folder, "there is no such folder", f"check {whose} path")
     return _mark(path for pattern in _MODEL_FILES for path in folder.glob(pattern))
+
+
+def _mark_of_tasks(folder: Path) -> str:
+    """Of what local tasks are: their content, which is small, and their names."""
+    if not folder.is_dir():
+        raise RequestError(folder, "there is no such folder of tasks", "check task_folder")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if not any(path.suffix in (".yaml", ".yml") for path in files):
+        raise RequestError(folder, "holds no task: a .yaml file of the harness's own form",
+                           "docs/evaluation.md shows one")  # fmt: skip
+    content = hashlib.sha256()
+    for path in files:
+        content.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+    return f"{len(files)} files ({content.hexdigest()[:8]})"
 
 
 def _mark(paths: Iterable[Path]) -> str:

@@ -16,13 +16,13 @@ from pathlib import Path
 from tanren import provenance, runs
 from tanren.config.errors import RequestError, TanrenError, WorkError
 from tanren.config.load import read_site, repository
-from tanren.launch import container, inputs, local, native, queue, scheduler, submit
+from tanren.launch import container, inputs, local, queue, scheduler, submit
 from tanren.launch.container import Container
 from tanren.launch.machine import this_machine, visible_gpus
 from tanren.launch.queue import Ordered
 from tanren.launch.scheduler import Allocation
 from tanren.plan.make import make_plan
-from tanren.plan.paths import RunFolder
+from tanren.plan.paths import APART_STAGES, RunFolder
 from tanren.plan.plan import Machine, Plan, Request
 
 
@@ -66,8 +66,7 @@ def run(
     if start.done:
         say(f"{plan.stage} is done: {plan.run}")
         return None
-    if inside is None:
-        native.complete()
+    submit.make_ready(plan.stage, inside)
     here, there = provenance.git_commit(repository())["id"], (order.commit or {}).get("id")
     if here and there and here != there:
         say(f"note: the checkout is at {here[:12]} now, and was at {there[:12]} when the job was "
@@ -107,6 +106,8 @@ def _check_needs(order: Ordered) -> None:
 
 
 def _container(order: Ordered, request: Request) -> Container | None:
+    if order.stage in APART_STAGES:
+        return None
     inside = container.choose(order.runtime, visible_gpus())
     if inside is None:
         return None
@@ -115,7 +116,7 @@ def _container(order: Ordered, request: Request) -> Container | None:
 
 def _machine(order: Ordered, inside: Container | None) -> Machine:
     """The job's machine: GPUs counted on this node, not taken from the site's file."""
-    here = this_machine(in_image=inside is not None)
+    here = this_machine(in_image=inside is not None or order.stage in APART_STAGES)
     stated = read_site(order.site).types[order.type].gpus
     if stated and not here.gpus:
         missing = "has no Transformer Engine" if here.idle_gpus else "has no GPU"

@@ -35,7 +35,7 @@ from tanren.launch.scheduler import After, JobRequest, State
 from tanren.launch.submit import Order, shown
 from tanren.plan.bench import Bench
 from tanren.plan.cost import Gpu
-from tanren.plan.paths import TRAINING_STAGES, Part, RunFolder
+from tanren.plan.paths import APART_STAGES, TRAINING_STAGES, Part, RunFolder
 from tanren.plan.plan import Machine, Plan, Request
 from tanren.plan.site import Place, Wish, make_place
 
@@ -114,7 +114,7 @@ def place_of(site_name: str, recipe: Recipe, stage: str, wish: Wish, user: User)
     """The place of a stage on a site, within the site's limits."""
     return make_place(
         site_name, read_site(site_name), recipe.job, wish, user.group,
-        trains=stage in TRAINING_STAGES,
+        trains=stage in (*TRAINING_STAGES, *APART_STAGES),
     )  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def script(folder: RunFolder, place: Place, task: str, segment: int = 1) -> str:
         "IMAGES": str(container.images_folder()),
         "DATA": str(hub.data_root()),
     }
-    for name in ("TANREN_USER", "TANREN_CACHE", "HF_HOME"):
+    for name in ("TANREN_USER", "TANREN_CACHE", "TANREN_EVAL_PYTHON", "HF_HOME"):
         if name in os.environ:
             environment[name] = os.environ[name]
     command = [str(repository() / "bin" / "tanren"), "job", str(folder.root)]

@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from tanren import provenance, runs
+from tanren import harness, provenance, runs
 from tanren.config.errors import RequestError, TanrenError
 from tanren.config.load import (
     changed_fields,
@@ -23,17 +23,18 @@ from tanren.config.load import (
     recipe_path,
     repository,
 )
-from tanren.config.schema import Convert, Recipe
+from tanren.config.schema import Convert, Evaluation, Recipe
 from tanren.config.training import Midtrain, Training
-from tanren.launch import container, inputs, local, origins
+from tanren.launch import container, inputs, local, native, origins
 from tanren.launch.container import Container
 from tanren.launch.machine import this_machine, visible_gpus
 from tanren.plan import training
 from tanren.plan.bench import Bench, bench_recipe, made_up_data
 from tanren.plan.midtrain import has_new_data
-from tanren.plan.paths import RunFolder
+from tanren.plan.paths import APART_STAGES, RunFolder
 from tanren.plan.plan import (
     Begun,
+    EvaluationPlan,
     ExportPlan,
     Machine,
     MidtrainPlan,
@@ -144,7 +145,7 @@ def read_request(order: Order, machine: Machine | None = None) -> Request:
     model = read_model(recipe.model) if isinstance(recipe, Convert | Training) else None
     if machine is None:
         inside = container.choose(order.runtime, visible_gpus())
-        machine = this_machine(in_image=inside is not None)
+        machine = this_machine(in_image=inside is not None or stage in APART_STAGES)
     request = Request(
         task=path.parent.name,
         stage=stage,
@@ -179,6 +180,8 @@ def with_products(request: Request) -> Request:
     if request.bench and not request.bench.real and isinstance(request.recipe, Midtrain):
         made_up = Product("preprocess", request.folder.made_up, result=made_up_data(request.recipe))
         products = {reference(request.recipe.data, request.variant, request.name): made_up}
+    if isinstance(request.recipe, Evaluation):
+        products = _with_current_export(request.recipe, products)
     laid_out = runs.read_json(request.folder.examples) or {}
     return replace(
         request,
@@ -187,6 +190,17 @@ def with_products(request: Request) -> Request:
         steps=laid_out.get("steps"),
         steps_of=laid_out.get("settings"),
     )
+
+
+def _with_current_export(recipe: Evaluation, products: dict[str, Product]) -> dict[str, Product]:
+    """An export of another checkpoint than the wanted one is as good as none."""
+    (_, source), (name, export) = products.items()
+    wanted = recipe.iteration
+    if wanted == "latest" and source.iterations:
+        wanted = source.iterations[-1]
+    if export.result is None or wanted in ("latest", export.result["iteration"]):
+        return products
+    return {**products, name: replace(export, result=None)}
 
 
 def _begun(folder: RunFolder) -> Begun | None:
@@ -229,6 +243,7 @@ def _made(folder: RunFolder, stage: str) -> dict[str, Any] | None:
         "preprocess": folder.tokenizer.is_dir() and folder.tokens.is_dir(),
         "convert": folder.checkpoint(0).is_dir() and hf.is_dir(),
         "export": hf.is_dir(),
+        "eval": folder.scores.is_file(),
     }
     return result if there.get(stage, True) else None
 
@@ -261,8 +276,11 @@ def missing(order: Order, request: Request) -> list[Order]:
     for wanted in references(request.recipe):
         name = reference(wanted, order.variant, order.name)
         product = request.products[name]
-        if product.result is None and not (request.stage == "export" and product.iterations):
+        exportable = request.stage in ("export", "eval") and product.iterations
+        if product.result is None and not exportable:
             found.append(_order_of(order, name, product.stage))
+            if product.stage == "export":
+                found[-1] = _export_for(order, found[-1], request.recipe)
     return found
 
 
@@ -282,6 +300,15 @@ def _order_of(order: Order, folder_name: str, stage: str) -> Order:
         chain=1,
         parts=None,
     )
+
+
+def _export_for(order: Order, plain: Order, recipe: Recipe) -> Order:
+    """The export that an evaluation stands on: of the same run, with its variant and name."""
+    assert isinstance(recipe, Evaluation), recipe
+    of = () if recipe.of == "stage:midtrain" else (f"of={recipe.of}",)
+    iteration = () if recipe.iteration == "latest" else (f"iteration={recipe.iteration}",)
+    return replace(plain, variant=order.variant, name=order.name, assignments=(*of, *iteration),
+                   plain_if_absent=True)  # fmt: skip
 
 
 def refuse_missing(order: Order, request: Request) -> None:
@@ -351,10 +378,10 @@ def look(plan: Plan) -> Start:
         if done and not changed:
             return Start(plan, True, None)
         begun = done or bool(runs.iterations(folder))
-        # A finished export of an earlier checkpoint is no obstacle to the next one; nor is a part:
-        # which of its shards still serve, their content says.
+        # A finished export or evaluation of an earlier checkpoint is no obstacle to the next one;
+        # nor is a part: which of its shards still serve, their content says.
         part = isinstance(plan, PreprocessPlan) and plan.part is not None
-        if changed and begun and not isinstance(plan, ExportPlan) and not part:
+        if changed and begun and not isinstance(plan, ExportPlan | EvaluationPlan) and not part:
             new_data = not done and has_new_data(before, plan)
             if not (
                 new_data and isinstance(plan, MidtrainPlan) and plan.recipe.resume == "new-data"
@@ -427,11 +454,25 @@ def container_for(
     Args:
         gpus_per_node: of the cluster's nodes; None for this machine.
     """
+    if request.stage in APART_STAGES:
+        return None
     gpus = visible_gpus() if gpus_per_node is None else gpus_per_node
     inside = container.choose(order.runtime, gpus)
     if inside is None:
         return None
     return replace(inside, binds=container.binds(request.recipe, request.runs, order.binds))
+
+
+def make_ready(stage: str, inside: Container | None) -> None:
+    """Make sure that what a stage runs in is there: the harness, or the engine's part of .venv.
+
+    Raises:
+        RequestError: it is not, and cannot be made.
+    """
+    if stage in APART_STAGES:
+        harness.require()
+    elif inside is None:
+        native.complete()
 
 
 # What a bench's folder keeps: its lock, who asked for it, its logs, and by which code it was run.

@@ -21,14 +21,20 @@ from tanren.launch.submit import Order
 from tanren.plan.paths import RunFolder, run_name
 
 
-def output_of(order: Order, module: str, words: Sequence[str], given: bytes = b"") -> bytes:
+def output_of(
+    order: Order, module: str, words: Sequence[str], given: bytes = b"", *, gpus: bool = False
+) -> bytes:
     """What `python -m MODULE WORDS` prints, given this on its input.
 
+    Args:
+        gpus: it may use this machine's; else it sees none.
     Raises:
         TanrenError: what the program left as its error.
     """
     inside = container.choose(order.runtime, visible_gpus())
-    environment = os.environ | {"PYTHONPATH": local.python_path(), "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"PYTHONPATH": local.python_path()}
+    if not gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     # What torch and megatron-core warn of at their import is nothing to whoever asked.
     quiet = [] if os.environ.get("TANREN_DEBUG") else ["-W", "ignore"]
     if inside is None:
@@ -48,6 +54,20 @@ def output_of(order: Order, module: str, words: Sequence[str], given: bytes = b"
         raise error_from_dict(orjson.loads(done.stdout))
     except (orjson.JSONDecodeError, KeyError):
         raise WorkError(module, f"ended with code {done.returncode}", "see above") from None
+
+
+def answers_file(prompts: Path) -> Path:
+    """Where the answers to a file of prompts go: `questions.answers.jsonl`, beside it.
+
+    Raises:
+        RequestError: there is no such file, or nothing can be written beside it.
+    """
+    if not prompts.is_file():
+        raise RequestError(prompts, "there is no such file", "check PROMPTS=")
+    if not os.access(prompts.parent, os.W_OK):
+        raise RequestError(prompts.parent, "cannot be written, and answers go beside the prompts",
+                           "copy the prompts to a folder of yours")  # fmt: skip
+    return prompts.with_name(f"{prompts.name.removesuffix('.jsonl')}.answers.jsonl")
 
 
 def newest_export(order: Order) -> Path:

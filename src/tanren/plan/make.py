@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tanren.config.data import Preprocess
 from tanren.config.errors import RequestError
-from tanren.config.schema import Convert, Export
+from tanren.config.schema import Convert, Evaluation, Export
 from tanren.config.training import Midtrain, Tuning
 from tanren.plan.checks import check_vocabulary
 from tanren.plan.midtrain import midtrain_plan
 from tanren.plan.paths import TRAINING_STAGES
 from tanren.plan.plan import (
     ConvertPlan,
+    EvaluationPlan,
     ExportPlan,
     Launch,
     Plan,
@@ -20,6 +22,7 @@ from tanren.plan.plan import (
     Request,
     common,
     product_of,
+    references,
     settings_of,
 )
 from tanren.plan.tuning import tuning_plan
@@ -40,6 +43,8 @@ def make_plan(request: Request) -> Plan:
         return midtrain_plan(request, recipe)
     if isinstance(recipe, Tuning):
         return tuning_plan(request, recipe)
+    if isinstance(recipe, Evaluation):
+        return _evaluation_plan(request, recipe)
     return _export_plan(request, recipe)
 
 
@@ -110,4 +115,35 @@ def _export_plan(request: Request, recipe: Export) -> ExportPlan:
         recipe=recipe,
         source=str(source.folder.root),
         iteration=iteration,
+    )
+
+
+def _evaluation_plan(request: Request, recipe: Evaluation) -> EvaluationPlan:
+    source = product_of(request, recipe.of, *TRAINING_STAGES)
+    export = product_of(request, references(recipe)[1], "export")
+    if request.machine.nodes > 1:
+        raise RequestError(
+            f"NODES={request.machine.nodes}", "the harness runs on one node", "leave NODES= out"
+        )
+    model = str(export.result["hf"]) if export.result else None
+    iteration = int(export.result["iteration"]) if export.result else None
+    if model is not None and Path(model).parents[1].name != source.folder.root.name:
+        raise RequestError(
+            export.folder.root, f"is the export of {model}, and not of {source.folder.root}",
+            "NAME= and VARIANT= of that run instead of its name in `of`",
+        )  # fmt: skip
+    inputs = dict(request.inputs) | {"export": export.identity}
+    # How many at a time, and where tasks have their data, changes no answer.
+    settings = settings_of(recipe, without=("batch_size", "offline", "task_folder"))
+    chat = source.stage != "midtrain" if recipe.chat is None else recipe.chat
+    return EvaluationPlan(
+        **common(
+            request,
+            settings | {"chat": chat, "iteration": iteration, "inputs": inputs},
+            Launch(engine=False, processes=1, device=request.machine.device),
+        ),
+        recipe=recipe,
+        model=model,
+        iteration=iteration,
+        chat=chat,
     )

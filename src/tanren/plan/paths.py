@@ -10,13 +10,17 @@ from pathlib import Path
 # others prepare what several runs share.
 TRAINING_STAGES = ("midtrain", "sft", "dpo")
 PREPARING_STAGES = ("preprocess", "convert")
+# What has a folder a training stage, and a variant and a name like it.
+EXPORTS = ("export", "export.sft", "export.dpo")
+# Stages of an environment of their own, whatever image or Python the others run in.
+APART_STAGES = ("eval",)
 
 
 def run_name(stage: str, variant: str | None, name: str | None, of: str | None = None) -> str:
     """`midtrain`, `midtrain.100B`, `midtrain.100B-try2`; of a bench `bench.midtrain.100B`.
 
     Args:
-        of: the stage that is exported: `export`, `export.sft`, `export.sft.100B-try2`.
+        of: the stage that is exported or evaluated: `export`, `export.sft.100B-try2`, `eval.sft`.
     """
     whose = f".{of}" if of not in (None, "midtrain") else ""
     return stage + whose + (f".{variant}" if variant else "") + (f"-{name}" if name else "")
@@ -198,6 +202,16 @@ class RunFolder:
     def made_up(self) -> RunFolder:
         """Where a bench has random tokens, as preprocess has real ones."""
         return RunFolder(self.root / "random")
+
+    @property
+    def scores(self) -> Path:
+        """What an evaluation found: a list of scores, by task, metric and filter."""
+        return self.root / "scores.json"
+
+    @property
+    def harness(self) -> Path:
+        """What lm-evaluation-harness was asked, and what it wrote itself."""
+        return self.root / "harness"
 
     @property
     def examples(self) -> Path:

@@ -18,14 +18,14 @@ from tanren.config.data import Preprocess
 from tanren.config.errors import RequestError
 from tanren.config.fields import Strict
 from tanren.config.model import Model
-from tanren.config.schema import STAGES, Convert, Export, Recipe
+from tanren.config.schema import STAGES, Convert, Evaluation, Export, Recipe
 from tanren.config.training import Dpo, Midtrain, Sft, Training, Tuning
 from tanren.plan.batch import Batch, Cut
 from tanren.plan.bench import Bench
 from tanren.plan.cost import Gpu
 from tanren.plan.memory import Memory
 from tanren.plan.mix import Mixture
-from tanren.plan.paths import TRAINING_STAGES, Part, RunFolder, run_name
+from tanren.plan.paths import EXPORTS, TRAINING_STAGES, Part, RunFolder, run_name
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,9 @@ class Request:
 
     @property
     def folder(self) -> RunFolder:
-        of = stage_of(stage_name(self.recipe.of)) if isinstance(self.recipe, Export) else None
+        of = None
+        if isinstance(self.recipe, Export | Evaluation):
+            of = stage_of(stage_name(self.recipe.of))
         stage = f"bench.{self.stage}" if self.bench else self.stage
         whole = RunFolder(self.runs / self.task / run_name(stage, self.variant, self.name, of))
         return whole.part(self.part) if self.part else whole
@@ -247,8 +249,18 @@ class ExportPlan(PlanBase):
     iteration: int | None
 
 
+class EvaluationPlan(PlanBase):
+    stage: Literal["eval"] = "eval"
+    recipe: Evaluation
+    # The exported folder, and the iteration that it is of; None while there is none.
+    model: str | None
+    iteration: int | None
+    # Asked by the chat template.
+    chat: bool
+
+
 Plan = Annotated[
-    PreprocessPlan | ConvertPlan | MidtrainPlan | SftPlan | DpoPlan | ExportPlan,
+    PreprocessPlan | ConvertPlan | MidtrainPlan | SftPlan | DpoPlan | ExportPlan | EvaluationPlan,
     Field(discriminator="stage"),
 ]
 _PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
@@ -284,12 +296,13 @@ def parse_plan(value: bytes | Mapping[str, Any], place: object) -> Plan:
 def reference(stage_reference: str, variant: str | None, name: str | None) -> str:
     """The run folder's name that `stage:X` means inside a run of this variant and name.
 
-    Training stages follow the run's variant and name, so that an export of NAME=a never takes the
-    weights of another run. Preparing stages are shared. A full name (`stage:midtrain-a`) is taken
-    as it is.
+    Training stages and exports follow the run's variant and name, so that an export of NAME=a never
+    takes the weights of another run. Preparing stages are shared. A full name (`stage:midtrain-a`)
+    is taken as it is.
     """
     stage = stage_name(stage_reference)
-    return run_name(stage, variant, name) if stage in TRAINING_STAGES else stage
+    follows = stage in TRAINING_STAGES or stage in EXPORTS
+    return run_name(stage, variant, name) if follows else stage
 
 
 def stage_name(stage_reference: str) -> str:
@@ -307,6 +320,9 @@ def references(recipe: Recipe) -> tuple[str, ...]:
         found = [recipe.tokenizer, recipe.init]
     elif isinstance(recipe, Export):
         found = [recipe.of]
+    elif isinstance(recipe, Evaluation):
+        whose = stage_of(stage_name(recipe.of))
+        found = [recipe.of, f"stage:{run_name('export', None, None, whose)}"]
     else:
         found = []
     return tuple(r for r in found if r is not None and r.startswith("stage:"))

@@ -64,7 +64,8 @@ def make_place(
     """The place of a stage on a site.
 
     Args:
-        trains: the stage wants GPUs where the site has them; others take the site's CPU type.
+        trains: the stage wants GPUs where the site has them, as an evaluation does too; others take
+            the site's CPU type.
     Raises:
         RequestError: the site has no such type, or not so much of it, or wants a group.
     """

@@ -13,6 +13,7 @@ from tanren.launch.submit import shown
 from tanren.plan.cost import explained
 from tanren.plan.plan import (
     ConvertPlan,
+    EvaluationPlan,
     ExportPlan,
     Launch,
     MidtrainPlan,
@@ -47,6 +48,10 @@ def print_plan(
         rows.append(("parameters", f"{plan.model.parameters:,}"))
     elif isinstance(plan, ExportPlan):
         rows.append(("checkpoint", f"{shown(plan.source)}, iteration {plan.iteration}"))
+    elif isinstance(plan, EvaluationPlan):
+        rows.append(("model", shown(plan.model) if plan.model else "not exported yet"))
+        rows.append(("tasks", ", ".join(plan.recipe.tasks)))
+        rows.append(("asked", "by the chat template" if plan.chat else "as plain text"))
     elif isinstance(plan, PreprocessPlan):
         rows += _preprocess_rows(plan.recipe)
     launch = plan.launch

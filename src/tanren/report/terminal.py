@@ -31,7 +31,7 @@ from tanren.images.lock import Lock
 from tanren.launch.clusters import Row
 from tanren.launch.submit import shown
 from tanren.plan.paths import RunFolder
-from tanren.plan.plan import ConvertPlan, ExportPlan, Plan, TrainingPlan
+from tanren.plan.plan import ConvertPlan, EvaluationPlan, ExportPlan, Plan, TrainingPlan
 from tanren.report.bench import print_bench
 from tanren.report.conversation import print_sets
 from tanren.report.small_curve import print_loss
@@ -184,12 +184,26 @@ def summary(plan: Plan, screen: Console) -> None:
     elif isinstance(plan, TrainingPlan):
         _training_summary(plan, result, screen)
         print_report(plan.folder, screen, write=True)
+    elif isinstance(plan, EvaluationPlan):
+        screen.print(f"  model      {shown(result['hf'])}", markup=False)
+        _print_scores(result["scores"], screen)
+        screen.print(f"  scores     {shown(plan.folder.scores)}", markup=False)
     elif isinstance(plan, ExportPlan):
         screen.print(f"  model      [bold]{shown(result['hf'])}[/]")
         if result["sample"]:
             text = " ".join(result["sample"].split())
             screen.print("  sample     ", end="")
             screen.print(text, markup=False)
+
+
+def _print_scores(scores: list[dict[str, Any]], screen: Console) -> None:
+    """Scores as `task  metric (filter)  0.4375 ± 0.0221`."""
+    width = max(len(one["task"]) for one in scores) + 2
+    for one in scores:
+        filter_ = "" if one["filter"] == "none" else f" ({one['filter']})"
+        error = "" if one["stderr"] is None else f" ± {one['stderr']:.4f}"
+        screen.print(f"  {one['task']:<{width}}{one['metric']}{filter_}  {one['value']:.4f}{error}",
+                     markup=False)  # fmt: skip
 
 
 def _training_summary(plan: TrainingPlan, result: dict[str, Any], screen: Console) -> None:
