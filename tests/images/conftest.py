@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tanren.images import requirements
-from tanren.images.build import Builder, Places
+from tanren.images.builder import Builder, Places
 from tanren.images.definition import Versions
 from tanren.launch import container
 

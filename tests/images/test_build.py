@@ -16,9 +16,11 @@ import pytest
 
 from tanren.config.errors import RequestError, TanrenError, WorkError
 from tanren.images import build as building
+from tanren.images import builder as programs
 from tanren.images import lock as locks
 from tanren.images import registry, sif
-from tanren.images.build import Builder, Places, build
+from tanren.images.build import build
+from tanren.images.builder import Builder, Places
 from tanren.images.definition import IMAGES, definition_digest
 from tests.conftest import REPOSITORY, wait_for
 from tests.images.conftest import FAKE
@@ -189,17 +191,18 @@ def test_without_root_the_builder_is_asked_for_fakeroot(
     builder: Builder, places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "getuid", lambda: 1000)
-    monkeypatch.setattr(building, "_check_namespaces", lambda: None)
+    monkeypatch.setattr(building, "check_namespaces", lambda: None)
     seen = []
-    monkeypatch.setattr(building, "_while_working", lambda work, tick: seen.append(work) or work())
-    with building._tool(builder, places, places.scratch) as client:
+    monkeypatch.setattr(programs, "_while_working", lambda work, tick: seen.append(work) or work())
+    with programs.tool(builder, places, places.scratch) as client:
         calls: dict[str, object] = {}
         monkeypatch.setattr(
             type(client), "build", lambda self, **words: calls.update(words) or ("", [])
         )
         with pytest.raises(WorkError):
-            building._run(client, CPU, {"A": "b"}, Path("/w"), places.images / "p", places,
-                          _log(places), quiet)  # fmt: skip
+            binds = ((Path("/w"), "/mnt"), (REPOSITORY, "/srv"))
+            programs.run_builder(client, CPU, {"A": "b"}, binds, places.images / "p", places,
+                                 _log(places), quiet)  # fmt: skip
     assert calls["options"] == [
         "--bind", "/w:/mnt:ro", "--bind", f"{REPOSITORY}:/srv:ro", "--fakeroot", "--build-arg",
         "A=b", "--mksquashfs-args", "-all-time 0 -mkfs-time 0",

@@ -24,7 +24,9 @@ import pytest
 from tanren import runs
 from tanren.config.errors import WorkError
 from tanren.images import build as building
-from tanren.images.build import Places, build, info
+from tanren.images import builder as programs
+from tanren.images.build import build, info
+from tanren.images.builder import Places
 from tanren.images.definition import IMAGES, Image, read_versions
 from tanren.images.lock import read_lock
 from tanren.images.requirements import fetch_wheels
@@ -190,7 +192,8 @@ def test_a_real_build_that_fails_leaves_nothing(
         "%test\n    echo this is the reason; exit 4\n\n"
         "%labels\n    org.tanren.definition {{ DEFINITION }}\n"
     )
-    monkeypatch.setattr(building, "repository", lambda: root)
+    for module in (building, programs):
+        monkeypatch.setattr(module, "repository", lambda: root)
     monkeypatch.setattr(building, "source_files", lambda image: [])
     monkeypatch.setattr(building, "definition_digest", lambda image: "d")
     monkeypatch.setattr(building, "arguments", lambda image, known: {"DEFINITION": "d"})

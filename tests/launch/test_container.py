@@ -11,7 +11,8 @@ import pytest
 
 from tanren.config.errors import RequestError
 from tanren.config.load import read_recipe, repository
-from tanren.images.build import Places, build
+from tanren.images.build import build
+from tanren.images.builder import Places
 from tanren.images.definition import IMAGES
 from tanren.images.lock import Base, Commit, Lock
 from tanren.launch import container, inputs, local

@@ -21,7 +21,7 @@ from tanren.config.errors import RequestError
 from tanren.config.load import read_user, repository
 from tanren.config.schema import Recipe
 from tanren.data import hub
-from tanren.images.build import Builder, Places
+from tanren.images.builder import Builder, Places
 from tanren.images.definition import IMAGES, Image, image_named
 from tanren.images.lock import Lock, check_definition, image_file
 from tanren.launch import inputs
