@@ -14,7 +14,7 @@ iteration = $(if $(ITER),--set 'iteration=$(ITER)')
 of = $(if $(filter-out midtrain,$(STAGE)),--set 'of=stage:$(STAGE)')
 recipe = recipes/$(TASK)/$@.yaml
 
-.PHONY: help setup doctor env-eval fetch preprocess convert midtrain sft dpo pipeline export eval show generate fp8-gate bench plan build-image image-info lock shell status report wandb-sync logs cancel reproduce diff test test-images test-schedulers test-harness check
+.PHONY: help setup doctor env-eval fetch preprocess convert midtrain sft dpo pipeline export eval show generate fp8-gate bench plan submission build-image image-info lock shell status report wandb-sync logs cancel reproduce diff test test-images test-schedulers test-harness check
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ bench: ## how fast STAGE is here, and where a step's time goes (STEPS=12, REAL=1
 
 plan: ## what STAGE of TASK would do; changes nothing
 	@bin/setup host && bin/tanren plan recipes/$(TASK)/$(STAGE).yaml $(options) $(parts)
+
+submission: ## a .sif that answers with the export of STAGE, offline (BASE=train|cpu MAX_TOKENS= TEMPERATURE= QUESTION=)
+	@bin/setup host && bin/tanren submission recipes/$(TASK)/$(STAGE).yaml $(if $(BASE),--base '$(BASE)') $(if $(MAX_TOKENS),--max-tokens $(MAX_TOKENS)) $(if $(TEMPERATURE),--temperature $(TEMPERATURE)) $(if $(QUESTION),--question "$$QUESTION") $(if $(VARIANT),--variant '$(VARIANT)') $(if $(NAME),--name '$(NAME)') $(if $(RUNTIME),--runtime '$(RUNTIME)')
 
 build-image: ## a .sif of IMAGE=train|te19|nemo|merge|cpu and its lock
 	@bin/setup host && bin/tanren image build $(IMAGE) $(if $(RUNTIME),--runtime '$(RUNTIME)')

@@ -424,6 +424,55 @@ def doctor(
         raise refusal
 
 
+@app.command(epilog="Example: bin/tanren submission recipes/tiny/dpo.yaml --max-tokens 512")
+def submission(
+    recipe: RecipeFile,
+    base: Annotated[
+        Optional[str],
+        typer.Option("--base", help="train or cpu, the image below; else train where it is built"),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="of an answer; as what follows, a default")
+    ] = 1024,
+    temperature: Annotated[float, typer.Option("--temperature", min=0)] = 0.0,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 16,
+    question: Annotated[
+        str, typer.Option("--question", help="how a line's problem is asked")
+    ] = "{problem}",
+    variant: Variant = None, name: Name = None, runtime: Runtime = None,
+) -> None:  # fmt: skip
+    """An image that answers with a run's newest export: jsonl in, jsonl out, no network."""
+    from tanren.config.errors import RequestError
+    from tanren.images.submission import Settings, base_image, build
+    from tanren.launch import container, tools
+    from tanren.launch.machine import visible_gpus
+    from tanren.launch.submit import shown
+    from tanren.plan.paths import RunFolder
+    from tanren.report import terminal
+
+    if "{problem}" not in question:
+        raise RequestError("--question", "has no {problem} in it", "'Answer: {problem}'")
+    order = _order(recipe, variant, name, None, runtime, None, "local", None, None, None, None)
+    model = tools.newest_export(order)
+    target = RunFolder(model.parents[1]).submission / f"{model.name}.sif"
+    tool, places = container.require(runtime), container.places(gpu=bool(visible_gpus()))
+    below = base_image(places.images, base)
+    settings = Settings(
+        max_tokens=max_tokens, temperature=temperature, batch_size=batch_size, question=question
+    )
+    screen = terminal.console()
+    signal.signal(signal.SIGTERM, _terminated)
+    with terminal.working(screen) as report:
+        lock = build(model, target, below, settings, tool.builder, places, report)
+    terminal.print_image(target, lock, screen)
+    gpu = below[1].image == "train"
+    screen.print(f"  try it     {tool.name} run {'--nv ' if gpu else ''}--net --network none "
+                 f"{shown(target)} --input_path IN.jsonl --output_path OUT.jsonl",
+                 markup=False, soft_wrap=True)  # fmt: skip
+    if not gpu:
+        screen.print("  note       its torch is the CPU's; with BASE=train it uses a GPU")
+
+
 image = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Container images.")
 app.add_typer(image, name="image")
 ImageName = Annotated[

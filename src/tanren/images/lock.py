@@ -46,6 +46,9 @@ class Lock(Strict):
     seconds: float
     python: dict[str, str]
     system: dict[str, str]
+    # Of a submission: SHA-256 of each file of its model, and the folder that they come from.
+    model: dict[str, str] | None = None
+    model_from: str | None = None
 
     def facts(self) -> dict[str, Any]:
         """What a passport says of the image that a run used."""

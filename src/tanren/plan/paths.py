@@ -172,6 +172,11 @@ class RunFolder:
         return self.hf / "base"
 
     @property
+    def submission(self) -> Path:
+        """Where the images are that answer with an export of this run."""
+        return self.root / "submission"
+
+    @property
     def tokenizer(self) -> Path:
         return self.root / "tokenizer"
 
