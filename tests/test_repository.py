@@ -5,9 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
-
-import pytest
 
 from tests.conftest import REPOSITORY
 
@@ -33,19 +30,6 @@ def test_every_dependency_has_an_exact_version() -> None:
     }
     assert {name_of(requirement) for requirement in wanted} - locked == set()
     assert "megatron-core==0.16.1" in LOCK
-
-
-@pytest.mark.parametrize("readme", [REPOSITORY / "README.md"])
-def test_the_readme_names_commands_that_exist(readme: Path) -> None:
-    text = readme.read_text()
-    targets = set(
-        re.findall(r"^([a-z0-9-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
-    )
-    named = set(re.findall(r"(?:^|`)make ([a-z0-9-]+)", text, re.MULTILINE))
-    assert {"midtrain", "test"} <= named
-    assert named <= targets
-    for link in re.findall(r"\]\(([^)]+)\)", text):
-        assert (REPOSITORY / link).exists(), link
 
 
 def test_ci_runs_the_readmes_test_command() -> None:
