@@ -527,7 +527,9 @@ def image_info(name: ImageName = None, runtime: Runtime = None) -> None:
 def image_lock(
     names: Annotated[
         Optional[list[str]],
-        typer.Argument(metavar="[LOCK]...", help="images, native (.venv) or debian; else all"),
+        typer.Argument(
+            metavar="[LOCK]...", help="images, native (.venv), eval or debian; else all"
+        ),
     ] = None,
     upgrade: Annotated[bool, typer.Option("--upgrade", help="take the newest versions")] = False,
 ) -> None:
@@ -539,10 +541,10 @@ def image_lock(
     from tanren.launch.submit import shown
     from tanren.report import terminal
 
-    wanted = names or ["native", *IMAGES]
+    wanted = names or ["native", "eval", *IMAGES]
     python = [name for name in wanted if name != "debian"]
     for name in python:
-        if name != "native":
+        if name not in ("native", "eval"):
             image_named(name)
     changed = renew(python, upgrade=upgrade)
     if "debian" in wanted:

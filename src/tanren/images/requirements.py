@@ -18,6 +18,8 @@ from tanren.config.load import repository
 from tanren.images.definition import CONTAINERS, IMAGES, Image, Versions, read_versions
 
 NATIVE = CONTAINERS / "locks" / "native.txt"
+# lm-evaluation-harness, which has an environment of its own and no image.
+EVAL = CONTAINERS / "locks" / "eval.txt"
 # Every image is x86_64; the C library's version is the newest that a wheel may ask for.
 _OLDEST_GLIBC = 5
 
@@ -31,7 +33,7 @@ def packages_of(lock: Path) -> dict[str, str]:
 
 
 def renew(names: list[str], *, upgrade: bool) -> list[Path]:
-    """Write the locks anew: the native one, and those of the images.
+    """Write the locks anew: the native one, the harness's, and those of the images.
 
     Args:
         upgrade: take the newest versions; without it only what a changed requirement asks for.
@@ -47,7 +49,9 @@ def renew(names: list[str], *, upgrade: bool) -> list[Path]:
         _compile(uv, _native_options(root), root / NATIVE, upgrade)
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            if name != "native":
+            if name == "eval":
+                _compile(uv, _eval_options(root, Path(folder)), root / EVAL, upgrade)
+            elif name != "native":
                 options = _image_options(IMAGES[name], root, Path(folder))
                 _compile(uv, options, root / IMAGES[name].lock, upgrade)
     after = sorted((root / CONTAINERS / "locks").glob("*.txt"))
@@ -56,6 +60,15 @@ def renew(names: list[str], *, upgrade: bool) -> list[Path]:
 
 def _native_options(root: Path) -> list[str]:
     return [str(root / "pyproject.toml"), "--all-extras", "--universal", "--python-version", "3.10",
+            "--no-annotate"]  # fmt: skip
+
+
+def _eval_options(root: Path, folder: Path) -> list[str]:
+    """The same versions as everywhere where there are any; torch and its own are native.txt's."""
+    never = folder / "eval.never"
+    never.write_text("torch ; sys_platform == 'never'\n")
+    return [str(root / EVAL.with_suffix(".in")), "-c", str(root / NATIVE), "--override",
+            str(never), "--no-emit-package", "torch", "--universal", "--python-version", "3.11",
             "--no-annotate"]  # fmt: skip
 
 
