@@ -31,7 +31,7 @@ from tanren.images.definition import IMAGES, Image, read_versions
 from tanren.images.lock import read_lock
 from tanren.images.requirements import fetch_wheels
 from tanren.launch import container
-from tests.conftest import REPOSITORY, SHORT, Tanren, end_group, wait_for
+from tests.conftest import REPOSITORY, SHORT, SHORT_SFT, Tanren, end_group, wait_for
 
 pytestmark = pytest.mark.images
 POST = re.compile(r"install\.py (--wheels .*?)\n\n", re.DOTALL)
@@ -173,6 +173,70 @@ def test_the_labels_are_the_locks(images: Path, runtime: container.Runtime, tmp_
     shown = make("image-info", "IMAGE=cpu", IMAGES=str(images))
     assert lock.sha256 in shown
     assert "torch 2.13.0+cpu, megatron-core 0.16.1" in shown
+
+
+def answers(
+    runtime: container.Runtime, image: Path, folder: Path, *words: str
+) -> tuple[subprocess.CompletedProcess[str], list[dict[str, object]]]:
+    """Run a submission as the tuning competition does, with nothing but the loopback."""
+    alone = ["--net", "--network", "none"] if os.getuid() == 0 else []
+    outside = [] if alone else ["unshare", "--map-root-user", "--net"]
+    (folder / "poison").mkdir(exist_ok=True)
+    (folder / "poison" / "transformers.py").write_text("raise SystemExit('the host came in')")
+    out = folder / "out.jsonl"
+    done = subprocess.run(
+        [*outside, str(runtime.binary), "run", *alone, "--writable-tmpfs", str(image),
+         "--input_path", "in.jsonl", "--output_path", str(out), *words],
+        cwd=folder, capture_output=True, text=True, check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "0", "PYTHONPATH": str(folder / "poison"),
+                          "APPTAINER_BIND": str(folder)},
+    )  # fmt: skip
+    read = out.read_text().splitlines() if out.exists() else []
+    return done, [json.loads(line) for line in read]
+
+
+def test_a_submission_answers_without_a_network(
+    images: Path, runtime: container.Runtime, tmp_path: Path
+) -> None:
+    """From a short run to a .sif, and what it answers; the same every time."""
+    tanren = Tanren(tmp_path / "runs", {"IMAGES": str(images)})
+    recipes = REPOSITORY / "recipes" / "tiny"
+    done = tanren("midtrain", str(recipes / "midtrain.yaml"), "--needs", sets=SHORT)
+    assert done.code == 0, done.text
+    done = tanren("sft", str(recipes / "sft.yaml"), "--then", "export", sets=SHORT_SFT)
+    assert done.code == 0, done.text
+    done = tanren("submission", str(recipes / "sft.yaml"), "--max-tokens", "8", "--question",
+                  "What comes after {problem}?")  # fmt: skip
+    assert done.code == 0, done.text
+    image = tanren.folder("sft") / "submission" / "iter_0000006.sif"
+    lock = read_lock(image)
+    assert lock.base.digest == f"sha256:{read_lock(images / 'cpu.sif').sha256}"
+    assert lock.python["torch"] == "2.13.0+cpu"
+    export = tanren.folder("sft") / "hf" / "iter_0000006"
+    assert set(lock.model or {}) == {path.name for path in export.iterdir()}
+    assert "asked 'What comes after 1+1?', it answers" in (
+        image.with_suffix(".build.log").read_text()
+    )
+
+    lines = [{"id": 3, "problem": "seven"}, {"prompt": "The import"},
+             {"messages": [{"role": "user", "content": "What comes after seven?"}]}]  # fmt: skip
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said, first = answers(runtime, image, tmp_path)
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert [{k: v for k, v in one.items() if k != "output"} for one in first] == lines
+    assert first[0]["output"] == first[2]["output"] != ""
+    _, second = answers(runtime, image, tmp_path, "--batch_size", "1")
+    assert second == first
+    source.write_text("{broken\n" + source.read_text())
+    said, third = answers(runtime, image, tmp_path)
+    assert said.returncode == 1
+    assert "in.jsonl:1: is not JSON" in said.stderr
+    assert third[1:] == first
+    # Another folder in place of its own model.
+    elsewhere, _ = answers(runtime, image, tmp_path, "--model_path", str(tmp_path))
+    assert elsewhere.returncode == 2
+    assert "holds no model" in elsewhere.stderr
 
 
 @pytest.mark.parametrize("section", ["post", "test"])
