@@ -205,9 +205,8 @@ def test_a_submission_answers_without_a_network(
     assert done.code == 0, done.text
     done = tanren("sft", str(recipes / "sft.yaml"), "--then", "export", sets=SHORT_SFT)
     assert done.code == 0, done.text
-    done = tanren("submission", str(recipes / "sft.yaml"), "--max-tokens", "8", "--question",
-                  "What comes after {problem}?")  # fmt: skip
-    assert done.code == 0, done.text
+    make("submission", "STAGE=sft", "MAX_TOKENS=8", "QUESTION=What comes after {problem}?",
+         RUNS=str(tanren.runs), IMAGES=str(images))  # fmt: skip
     image = tanren.folder("sft") / "submission" / "iter_0000006.sif"
     lock = read_lock(image)
     assert lock.base.digest == f"sha256:{read_lock(images / 'cpu.sif').sha256}"
