@@ -284,3 +284,13 @@ def locked(path: Path, *, wait_seconds: float = 0.0) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def scores_of(folder: RunFolder) -> list[dict[str, Any]]:
+    """The scores that an evaluation found; of a training those of its newest evaluated export."""
+    for place in (folder.scores, folder.evaluation.scores):
+        found = read_json(place)
+        if found is not None:
+            scores: list[dict[str, Any]] = found["scores"]
+            return scores
+    return []

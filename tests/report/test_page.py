@@ -14,6 +14,7 @@ import pytest
 
 from tanren import runs
 from tanren.config.errors import RequestError
+from tanren.launch import compare
 from tanren.plan.paths import RunFolder
 from tanren.report import page
 from tests.conftest import Tanren
@@ -143,3 +144,22 @@ def test_a_browser_draws_every_curve_and_has_nothing_to_complain_of(tmp_path: Pa
     # Loss: training, smoothed, and held out, of two runs.
     assert points[0] == 120 * 6
     assert min(points) >= 240
+
+
+def test_the_scores_of_the_export_are_on_the_page_and_in_the_comparison(tmp_path: Path) -> None:
+    one = {"task": "gsm8k", "metric": "exact_match", "filter": "strict", "value": 0.25,
+           "stderr": 0.01, "examples": 1319}  # fmt: skip
+    first, second = make_run(tmp_path), make_run(tmp_path, "sft.B-try")
+    assert "Evaluation" not in page.write([first]).read_text()
+    for folder in (first, second):
+        folder.evaluation.root.mkdir()
+    runs.write_json(first.evaluation.scores, {"scores": [one]})
+    runs.write_json(second.evaluation.scores, {"scores": [one | {"value": 0.5, "stderr": None}]})
+    assert first.evaluation.root.name == "eval.sft"
+    assert second.evaluation.root.name == "eval.sft.B-try"
+    text = page.write([first, second]).read_text()
+    for expected in ("Evaluation", "gsm8k", "exact_match strict", "0.25 ± 0.01 (1319 examples)",
+                     "0.5 (1319 examples)"):  # fmt: skip
+        assert expected in text, expected
+    found = compare.compare(first, second).groups["scores"]
+    assert found == ["gsm8k exact_match strict 0.25 there, 0.5 here"]

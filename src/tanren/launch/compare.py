@@ -61,6 +61,7 @@ def compare(there: RunFolder, here: RunFolder) -> Compared:
     facts = [_facts(attempt) for attempt in (one, other)]
     groups = {name: differences(facts[0][name], facts[1][name]) for name in facts[0]}
     groups["packages"] = _packages(one, other)
+    groups["scores"] = differences(_scores(there), _scores(here))
     pairs = {key: (runs.curve(there.metrics, key), runs.curve(here.metrics, key)) for key in CURVES}
     losses, others = pairs["loss"]
     parts_at = [step for step in sorted(losses.keys() & others.keys())
@@ -104,6 +105,15 @@ def _hashes(things: Mapping[str, Any] | None) -> dict[str, Any]:
         name: "missing" if one.get("missing") else str(one.get("sha256"))[:12]
         for name, one in (things or {}).items()
     }
+
+
+def _scores(folder: RunFolder) -> dict[str, Any]:
+    """What `make eval` found of the run's export, or of this evaluation."""
+    return {
+        " ".join(name for name in (one["task"], one["metric"], one["filter"]) if name != "none"):
+            one["value"]
+        for one in runs.scores_of(folder)
+    }  # fmt: skip
 
 
 def _packages(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -209,6 +209,13 @@ class RunFolder:
         return RunFolder(self.root / "random")
 
     @property
+    def evaluation(self) -> RunFolder:
+        """Of a training, where the scores of its export are."""
+        stage = re.split(r"[.-]", self.root.name)[0]
+        rest = self.root.name.removeprefix(stage)
+        return RunFolder(self.root.with_name(run_name("eval", None, None, of=stage) + rest))
+
+    @property
     def scores(self) -> Path:
         """What an evaluation found: a list of scores, by task, metric and filter."""
         return self.root / "scores.json"

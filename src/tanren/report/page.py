@@ -93,6 +93,7 @@ def html(records: Sequence[Record]) -> str:
         _curves(records, drawn),
         *(_data(one, several=len(records) > 1) for one in records),
         *(_attempts(one, several=len(records) > 1) for one in records),
+        _scores(records),
         _differences(records),
         *(_passport(one, several=len(records) > 1) for one in records),
     ]
@@ -337,6 +338,23 @@ def _passport(one: Record, *, several: bool) -> str:
         f"{escape(shown(one.folder.root))}</code></p>{''.join(parts)}"
         f"{as_html(others) if others else ''}</section>"
     )
+
+
+def _scores(records: Sequence[Record]) -> str:
+    """What the exports of the runs score, by task and metric."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for one in records:
+        for score in runs.scores_of(one.folder):
+            metric = " ".join(name for name in (score["metric"], score["filter"]) if name != "none")
+            spread = f" ± {number(score['stderr'])}" if score["stderr"] else ""
+            value = f"{number(score['value'])}{spread} ({score['examples']} examples)"
+            found.setdefault((score["task"], metric), {})[one.name] = value
+    if not found:
+        return ""
+    cells = [[task, metric, *(values.get(one.name, "") for one in records)]
+             for (task, metric), values in found.items()]  # fmt: skip
+    titles = ["task", "metric", *(one.name for one in records)]
+    return f"<section><h2>Evaluation</h2>{table(titles, cells, 'Scores of the export')}</section>"
 
 
 def _clock(one: Record) -> dict[str, list[float]]:
