@@ -444,7 +444,7 @@ def test_the_plan_of_a_job_says_what_it_costs_and_whether_its_time_will_do(empty
     rows = {line[:15].strip(): line[15:].strip() for line in done.out.splitlines()}
     assert rows["job"] == "2 x rt_HF on abci3 for at most 10 hours, group g"
     assert rows["cost"].startswith("20.0 node-hours; 300 points for the whole time")
-    assert rows["memory"].startswith("21 of 140 GiB a GPU (weights 4.6, gradients 9.3, ")
+    assert rows["memory"].startswith("18 of 140 GiB a GPU (weights 4.6, gradients 9.3, ")
     assert rows["time"] == "6.7 hours at 50,972 tokens/s a GPU, measured on 1 x H200"
     assert "too short" not in rows
     assert rows["processes"] == "16 on 2 nodes (cuda)"
