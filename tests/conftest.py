@@ -111,7 +111,7 @@ class Tanren:
         return self.runs / "tiny" / name
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 90.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 180.0) -> None:
     """Wait until a condition holds; fail the test when it does not in time."""
     deadline = time.monotonic() + seconds
     while not condition():
