@@ -29,15 +29,23 @@ def this_machine(*, in_image: bool = False) -> Machine:
     )
 
 
+def _of_gpus(fields: str) -> list[str]:
+    """A line a GPU, of what the driver says of these fields, without units.
+
+    Raises:
+        OSError, subprocess.SubprocessError: there is no driver that answers.
+    """
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=20
+    ).stdout.splitlines()
+
+
 @cache
 def _smallest_gpu() -> Gpu | None:
     """Name and memory as the driver tells them; None where it has no tool for it."""
-    command = ["nvidia-smi", "--query-gpu=memory.total,name", "--format=csv,noheader,nounits"]
     try:
-        listed = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=20
-        ).stdout
-        found = [line.split(", ", 1) for line in listed.splitlines()]
+        found = [line.split(", ", 1) for line in _of_gpus("memory.total,name")]
         mib, name = min((float(memory), name) for memory, name in found)
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
@@ -47,12 +55,8 @@ def _smallest_gpu() -> Gpu | None:
 @cache
 def gpus_and_driver() -> tuple[tuple[str, ...], str | None]:
     """The name of each GPU and the driver's version, as the driver tells them; none without it."""
-    command = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
     try:
-        listed = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=20
-        ).stdout
-        found = [line.split(", ", 1) for line in listed.splitlines() if line]
+        found = [line.split(", ", 1) for line in _of_gpus("driver_version,name") if line]
         return tuple(name for _, name in found), found[0][0]
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return (), None
@@ -71,12 +75,8 @@ def cpu_name() -> str:
 @cache
 def compute_capability() -> float | None:
     """Of the oldest GPU, 9.0 for an H100 or H200; None where the driver does not tell."""
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
-        listed = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=20
-        ).stdout
-        return min(float(line) for line in listed.split())
+        return min(float(line) for line in _of_gpus("compute_cap") if line)
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
 
