@@ -219,10 +219,13 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Every whole JSON line of a file; torn ones (a crash in mid-write) are left out."""
-    if not path.exists():
-        return []
+    return json_lines(path.read_bytes()) if path.exists() else []
+
+
+def json_lines(block: bytes) -> list[dict[str, Any]]:
+    """The objects in a block of JSON lines; lines that are torn, or no object, are left out."""
     values = []
-    for line in path.read_bytes().splitlines():
+    for line in block.splitlines():
         try:
             value = orjson.loads(line)
         except orjson.JSONDecodeError:

@@ -194,15 +194,7 @@ class Lines:
             block = file.read()
         end = block.rfind(b"\n") + 1
         self.offset += end
-        found = []
-        for line in block[:end].splitlines():
-            try:
-                value = orjson.loads(line)
-            except orjson.JSONDecodeError:
-                continue
-            if isinstance(value, dict):
-                found.append(value)
-        return found
+        return runs.json_lines(block[:end])
 
 
 class Follower:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import orjson
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -57,13 +56,7 @@ class Tail:
             block = file.read()
         end = block.rfind(b"\n") + 1
         self.offset += end
-        values = []
-        for line in block[:end].splitlines():
-            try:
-                values.append(orjson.loads(line))
-            except orjson.JSONDecodeError:
-                continue
-        return values
+        return runs.json_lines(block[:end])
 
 
 def clock(seconds: float) -> str:
