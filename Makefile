@@ -63,8 +63,8 @@ show: ## N=3 examples of STAGE=sft|dpo, with what of them is trained on
 generate: ## what the export of STAGE answers to PROMPT, or to each line of PROMPTS=file.jsonl
 	@bin/setup host && bin/tanren generate recipes/$(TASK)/$(STAGE).yaml $(if $(PROMPTS),--prompts '$(PROMPTS)',--prompt "$$PROMPT") $(if $(VARIANT),--variant '$(VARIANT)') $(if $(NAME),--name '$(NAME)') $(if $(RUNTIME),--runtime '$(RUNTIME)')
 
-fp8-gate: ## the first STEPS=200 of STAGE in bf16 and in FP8="delayed tensorwise", compared
-	@bin/setup host && bin/tanren gate recipes/$(TASK)/$(STAGE).yaml $(if $(STEPS),--steps $(STEPS)) $(foreach f,$(FP8),--fp8 '$(f)') $(options) $(dirty) --needs
+fp8-gate: ## the first STEPS=200 of STAGE in bf16 and in FP8="delayed tensorwise", compared (CONTROL=1: bf16 twice)
+	@bin/setup host && bin/tanren gate recipes/$(TASK)/$(STAGE).yaml $(if $(STEPS),--steps $(STEPS)) $(foreach f,$(FP8),--fp8 '$(f)') $(if $(CONTROL),--control) $(options) $(dirty) --needs
 
 bench: ## how fast STAGE is here, and where a step's time goes (STEPS=12, REAL=1: own data, SAVE=1)
 	@bin/setup host && bin/tanren bench recipes/$(TASK)/$(STAGE).yaml $(if $(STEPS),--steps $(STEPS)) $(if $(REAL),--real) $(if $(SAVE),--save) $(options) $(dirty)

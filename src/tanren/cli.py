@@ -706,6 +706,9 @@ def gate(
     limit: Annotated[
         float, typer.Option("--limit", min=0.001, help="of a relative difference, in percent")
     ] = 0.5,
+    control: Annotated[
+        bool, typer.Option("--control", help="bf16 a second time: how far chance alone leads")
+    ] = False,
     variant: Variant = None, name: Name = None, set_: Sets = None, runtime: Runtime = None,
     bind: Binds = None, site: SiteName = None, nodes: Nodes = None, hours: Hours = None,
     type_: Type = None, reservation: Reservation = None, needs: Needs = False,
@@ -719,7 +722,7 @@ def gate(
     from tanren.config.errors import WorkError
     from tanren.launch import clusters
     from tanren.launch import gate as gates
-    from tanren.plan.gate import compare
+    from tanren.plan.gate import CONTROL, compare
     from tanren.report import gate as report
     from tanren.report import terminal
 
@@ -727,7 +730,7 @@ def gate(
     order = _order(recipe, variant, name, set_, runtime, bind, site, nodes, hours, type_,
                    reservation, allow_dirty=allow_dirty)  # fmt: skip
     stated = tuple(one for text in fp8 or [] for one in text.split(",") if one)
-    trials = gates.trials(order, stated, steps)
+    trials = gates.trials(order, stated, steps, control=control)
     pending = [trial for trial in trials if not trial.is_done]
     if pending and clusters.place_for(order) is not None:
         for trial in pending:
@@ -759,12 +762,19 @@ def gate(
     (folder / "gate.svg").write_text(svg)
     report.print_gate(compared, failed, steps, share, screen)
     screen.print(f"  {folder / 'gate.json'}, gate.svg", markup=False)
-    refused = [one for one in others if one in failed or not compared[one].passes(share)]
+    refused = [
+        one
+        for one in others
+        if one != CONTROL and (one in failed or not compared[one].passes(share))
+    ]
     if refused:
+        advice = "--set fp8=none, or try the others: --fp8 delayed,tensorwise,blockwise"
+        if not control:
+            advice += "; --control shows how far apart two runs in bf16 are"
         raise WorkError(
             "the FP8 gate",
             f"refuses {', '.join(refused)}: the loss is not that of bf16 within {limit:g} %",
-            "--set fp8=none, or try the others: --fp8 delayed,tensorwise,blockwise",
+            advice,
         )
 
 

@@ -33,10 +33,13 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "tiny"
 
 
-def trials(task: Path, *stated: str, stage: str = "midtrain", **fields: Any) -> list[Trial]:
+def trials(
+    task: Path, *stated: str, stage: str = "midtrain", control: bool = False, **fields: Any
+) -> list[Trial]:
     # On two GPUs, as `finish` has it.
     sets = ("layout.data=2", "micro_batch=4", *fields.pop("sets", ()))
-    return gate.trials(Order(task / f"{stage}.yaml", assignments=sets, **fields), stated, STEPS)
+    order = Order(task / f"{stage}.yaml", assignments=sets, **fields)
+    return gate.trials(order, stated, STEPS, control=control)
 
 
 def finish(trial: Trial, *, factor: float = 1.0, steps: int = STEPS) -> RunFolder:
@@ -183,6 +186,30 @@ def test_finished_runs_are_compared_on_a_cpu(bare: Tanren, task: Path) -> None:
     assert found["passed"] == {"delayed": True, "blockwise": False}
 
     assert bare(*command(task, "--fp8", "blockwise", "--limit", "3")).code == 0
+
+
+def test_a_control_shows_what_chance_does_and_is_not_judged(bare: Tanren, task: Path) -> None:
+    bf16, fp8, control = trials(task, "delayed", control=True)
+    assert control.folder.root.name == "midtrain-gate-control"
+    plans = [make_plan(submit.read_request(one.order, TWO_GPUS)) for one in (bf16, control)]
+    rates = [plan.settings["optimizer"].pop("lr") for plan in plans]
+    assert rates == [0.003, 0.00300003]
+    assert plans[0].settings == plans[1].settings
+    for trial, factor in ((bf16, 1.0), (fp8, 1.004), (control, 1.006)):
+        finish(trial, factor=factor)
+    done = bare(*command(task, "--fp8", "delayed", "--control"))
+    assert done.code == 0, done.text
+    assert [line.split()[-1] for line in done.out.splitlines()[2:4]] == ["passed", "chance"]
+    assert "two runs in bf16 are as far apart as the limit" in done.out
+    found = json.loads((bare.runs / "tiny" / "gate" / "gate.json").read_bytes())
+    assert found["passed"] == {"delayed": True}
+    assert found["compared"]["control"]["end"] == pytest.approx(0.006)
+    assert "control" in (bare.runs / "tiny" / "gate" / "gate.svg").read_text()
+    far = bare(*command(task, "--fp8", "delayed", "--control", "--limit", "1"))
+    assert "two runs in bf16" not in far.out
+    refused = bare(*command(task, "--fp8", "delayed", "--limit", "0.3"))
+    assert refused.code == 1
+    assert "--control shows how far apart two runs in bf16 are" in refused.err
 
 
 def test_curves_that_lack_steps_are_not_compared(task: Path) -> None:

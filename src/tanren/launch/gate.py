@@ -14,7 +14,7 @@ from tanren.launch import container, submit
 from tanren.launch.machine import compute_capability, this_machine, visible_gpus
 from tanren.launch.submit import Order, shown
 from tanren.plan import gate
-from tanren.plan.gate import BF16, Comparison, Curves
+from tanren.plan.gate import BF16, CONTROL, SCALINGS, Comparison, Curves
 from tanren.plan.make import make_plan
 from tanren.plan.paths import TRAINING_STAGES, RunFolder, run_name
 from tanren.plan.plan import Machine, read_plan, stage_name
@@ -48,11 +48,14 @@ class Trial:
         return submit.look(make_plan(submit.read_request(self.order, machine))).done
 
 
-def trials(order: Order, stated: tuple[str, ...], steps: int) -> list[Trial]:
+def trials(
+    order: Order, stated: tuple[str, ...], steps: int, *, control: bool = False
+) -> list[Trial]:
     """The run in bf16, and one for each FP8 recipe.
 
     Args:
         stated: FP8 recipes; none for the recipe's own.
+        control: after them another one in bf16, which shows what chance does.
     Raises:
         RequestError: the recipe is of no such stage, or stands on a run that follows its name; or
             there are too few steps to compare.
@@ -85,7 +88,7 @@ def trials(order: Order, stated: tuple[str, ...], steps: int) -> list[Trial]:
                 assignments=(*order.assignments, *gate.changes(recipe, scaling, steps)),
             ),
         )
-        for scaling in (BF16, *gate.scalings(stated, recipe))
+        for scaling in (BF16, *gate.scalings(stated, recipe), *[CONTROL] * control)
     ]
 
 
@@ -98,7 +101,7 @@ def check(all_trials: list[Trial], pending: list[Trial]) -> None:
     order = pending[0].order
     inside = container.choose(order.runtime, visible_gpus())
     machine = this_machine(in_image=inside is not None)
-    needed = max(gate.CAPABILITY[trial.scaling] for trial in all_trials[1:])
+    needed = max(gate.CAPABILITY.get(trial.scaling, 0.0) for trial in all_trials[1:])
     capability = compute_capability() if machine.gpus else 0.0
     if capability is not None and capability < needed:
         has = "has none"
@@ -167,8 +170,9 @@ def write(
         "runs": {trial.scaling: trial.folder.root.name for trial in all_trials},
         "device": (runs.result_of(all_trials[0].folder) or {}).get("device"),
         "passed": {
-            scaling: scaling in compared and compared[scaling].passes(limit)
-            for scaling in (trial.scaling for trial in all_trials[1:])
+            trial.scaling: trial.scaling in compared and compared[trial.scaling].passes(limit)
+            for trial in all_trials
+            if trial.scaling in SCALINGS
         },
         "failed": failed,
         "compared": {

@@ -10,6 +10,9 @@ from tanren.config.errors import RequestError
 from tanren.config.training import Midtrain, Training
 
 BF16 = "bf16"
+# bf16 once more, beginning a hair's breadth beside it: what chance alone does to the curves.
+CONTROL = "control"
+NUDGE = 1e-5  # of its learning rate, relative
 SCALINGS = ("delayed", "tensorwise", "blockwise")
 # The compute capability that Transformer Engine's recipe needs: Ada has FP8 matrix products, and
 # products of scaled blocks begin with Hopper.
@@ -44,8 +47,12 @@ def changes(recipe: Training, scaling: str, steps: int) -> tuple[str, ...]:
     The learning rate stays at its peak after the warm-up (which is at most a quarter of the steps):
     a recipe's decay is as long as the recipe's run, and a decay makes curves agree.
 
+    Rounding makes any two runs drift apart that are not the same bit for bit. How far they do is
+    the least that a limit can tell, and `control` shows it: its learning rate is 1e-5 higher, which
+    by itself matters to nobody.
+
     Args:
-        scaling: an FP8 recipe, or `bf16`.
+        scaling: an FP8 recipe, `bf16` or `control`.
     """
     warmup = min(recipe.schedule.warmup_steps, steps // 4)
     length = "tokens" if isinstance(recipe, Midtrain) else "epochs"
@@ -58,8 +65,9 @@ def changes(recipe: Training, scaling: str, steps: int) -> tuple[str, ...]:
         "schedule.decay_style=null",
         "schedule.constant_steps=0",
         "precision=bf16",
-        f"fp8={'none' if scaling == BF16 else scaling}",
+        f"fp8={scaling if scaling in SCALINGS else 'none'}",
         "checkpoints.keep_last=1",
+        *([f"optimizer.lr={recipe.optimizer.lr * (1 + NUDGE):.10g}"] * (scaling == CONTROL)),
     )
 
 

@@ -14,7 +14,7 @@ LOSS, DIFFERENCE = (92, 240), (392, 150)
 # Dark grey for what is compared with; then colours that colour-blind eyes tell apart (Okabe and
 # Ito), each with dashes of its own for printers that have none.
 REFERENCE = ("#3d3d3d", "")
-OTHERS = (("#0072b2", ""), ("#c04f00", "7 3"), ("#00805f", "2 3"))
+OTHERS = (("#0072b2", ""), ("#c04f00", "7 3"), ("#00805f", "2 3"), ("#8a5a9c", "1 4"))
 INK, FAINT, LIMIT = "#1f1f1f", "#dcdcdc", "#b3001b"
 
 

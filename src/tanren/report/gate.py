@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from tanren.plan.gate import BF16, END, WINDOW, Comparison, Curves
+from tanren.plan.gate import BF16, CONTROL, END, WINDOW, Comparison, Curves
 from tanren.report import curves_svg
 
 
@@ -13,6 +13,8 @@ def print_gate(
     screen: Console,
 ) -> None:  # fmt: skip
     """A row for each FP8 recipe: its relative differences to bf16, and whether it passes.
+
+    The control's row tells what chance does; where that is no less than the limit, a line says so.
 
     Args:
         limit: a share of 1.
@@ -24,7 +26,7 @@ def print_gate(
         (
             name, _percent(one.first), _percent(one.largest), str(one.at), _percent(one.end),
             "" if one.held_out is None else _percent(one.held_out), f"x {one.grad_norm:.3f}",
-            f"x {one.speed:.2f}", "passed" if one.passes(limit) else "refused",
+            f"x {one.speed:.2f}", _verdict(name, one, limit),
         )
         for name, one in compared.items()
     ]  # fmt: skip
@@ -38,6 +40,13 @@ def print_gate(
         )
         line = "  ".join([name, *values]).rstrip()
         screen.print(line, style="bold" if row is titles else None, markup=False)
+    control = compared.get(CONTROL)
+    if control is not None and not control.passes(limit):
+        screen.print(
+            "two runs in bf16 are as far apart as the limit: it decides nothing here; a trained "
+            "base, a lower learning rate or a larger batch drift less",
+            markup=False,
+        )
     for name, problem in failed.items():
         screen.print(f"{name}  refused: {problem}", markup=False)
 
@@ -54,7 +63,7 @@ def picture(
     """
     found = "; ".join(
         f"{name}: largest {_percent(one.largest)} at step {one.at}, at the end "
-        f"{_percent(one.end)}, {'passed' if one.passes(limit) else 'refused'}"
+        f"{_percent(one.end)}, {_verdict(name, one, limit)}"
         for name, one in compared.items()
     )
     return curves_svg.draw(
@@ -66,6 +75,12 @@ def picture(
         f"Above, the training loss by step in bf16 and in FP8. Below, the relative difference of "
         f"its means over {WINDOW} steps, with a limit of {100 * limit:g} %. {found}.",
     )
+
+
+def _verdict(name: str, one: Comparison, limit: float) -> str:
+    if name == CONTROL:
+        return "chance"
+    return "passed" if one.passes(limit) else "refused"
 
 
 def _percent(share: float) -> str:
