@@ -41,7 +41,8 @@ def check(device: str, dtype: torch.dtype, part: tuple[int, int, int]) -> None:
     head.to_gradient(logits, labels, mine, *vectors)
     # Within one rounding; Triton's interpreter cuts bf16 off instead.
     rounding = 2**-7 if device == "cpu" else 2**-8
-    near = 1e-6 if dtype == torch.float32 else rounding
+    # The exponent is a difference of numbers near 225, each of which fp32 has to 2^-17.
+    near = 2**-15 if dtype == torch.float32 else rounding
     torch.testing.assert_close(there.cpu(), logits, rtol=near, atol=0.0)
     assert torch.count_nonzero(there[:, real:]) == 0
     assert not real or float(there.min()) < 0 < float(there.max())
