@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tanren import cli, runs
+from tanren import runs
+from tanren.cli import app, chains
 from tanren.config.errors import RequestError, WorkError
 from tanren.launch import gate, submit
 from tanren.launch.gate import Trial
@@ -226,7 +227,7 @@ def test_curves_that_lack_steps_are_not_compared(task: Path) -> None:
 
 def gate_of(task: Path, *words: str) -> None:
     """The command in this process."""
-    cli.app(list(command(task, *words)), standalone_mode=False)
+    app(list(command(task, *words)), standalone_mode=False)
 
 
 def test_what_is_not_done_is_run_bf16_first(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +246,7 @@ def test_what_is_not_done_is_run_bf16_first(task: Path, monkeypatch: pytest.Monk
         finish(trial).checkpoint(STEPS).mkdir(parents=True)
         return ()
 
-    monkeypatch.setattr(cli, "_stage", stage)
+    monkeypatch.setattr(chains, "run_stage", stage)
     monkeypatch.setattr(gate, "check", lambda *_: None)
     with pytest.raises(WorkError, match="refuses tensorwise: the loss is not that of bf16"):
         gate_of(task, "--needs", "--fp8", "tensorwise", "--fp8", "delayed")
@@ -272,7 +273,7 @@ def test_a_run_that_stops_and_bf16_that_fails_end_the_command(
         error.exit_code = code
         raise error
 
-    monkeypatch.setattr(cli, "_stage", stage)
+    monkeypatch.setattr(chains, "run_stage", stage)
     monkeypatch.setattr(gate, "check", lambda *_: None)
     with pytest.raises(WorkError, match="it ended") as caught:
         gate_of(task)

@@ -1,0 +1,92 @@
+"""A stage from its order to its end, on this machine or by a scheduler's job."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tanren.launch.submit import Order
+
+
+def run_order(order: Order, needs: bool, then: str | None) -> None:
+    """Run one stage as run_stage does, and the one that is to follow it."""
+    from dataclasses import replace
+
+    from tanren.plan.site import Wish
+    from tanren.report import terminal
+
+    screen, stage = terminal.console(), order.recipe_file.stem
+    jobs = run_stage(order, needs, screen)
+    if then is not None:
+        recipe = order.recipe_file.with_name(f"{then}.yaml")
+        # An export's recipe says the midtraining's; of other stages it makes a folder of its own.
+        of = () if stage == "midtrain" else (f"of=stage:{stage}",)
+        after = replace(
+            order, recipe_file=recipe, assignments=of, plain_if_absent=True, wish=Wish(), chain=1,
+            parts=None, after=jobs[-1:],
+        )  # fmt: skip
+        run_stage(after, False, screen)
+
+
+def run_stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
+    """Run one stage, and before it what it stands on if asked to; on a cluster, submit them.
+
+    Returns:
+        the scheduler's jobs of the stage; none where it ran here or is done.
+    """
+    from tanren.launch import clusters, fetching, parts, submit
+    from tanren.plan.make import make_plan
+    from tanren.report import terminal
+
+    place = clusters.place_for(order)
+    if place is not None:
+        return clusters.send(order, place, needs, screen.print)
+    request = submit.read_request(order)
+    submit.refuse_given(order, request.recipe)
+    if needs:
+        for needed in submit.missing(order, request):
+            run_stage(needed, True, screen)
+        request = submit.read_request(order)
+    planned = make_plan(request)
+    start = submit.look(planned)
+    for change in submit.changed_files(request):
+        if not (start.done or start.iteration):
+            raise change
+        screen.print(f"note: {change.place} {change.problem}; this run has what was there before",
+                     markup=False, highlight=False)  # fmt: skip
+    if start.done:
+        screen.print(f"[bold]{planned.stage}[/] is done: {submit.shown(planned.run)}")
+        terminal.summary(planned, screen)
+        return ()
+    submit.refuse_missing(order, request)
+    parts.refuse_at_work(planned.folder)
+    for note in planned.notes:
+        screen.print(f"note: {note}", markup=False, highlight=False)
+    submit.check_disk(planned)
+    changed = submit.uncommitted()
+    if changed:
+        screen.print(f"note: {changed}", markup=False, highlight=False)
+    if fetching.fetch_missing(request.recipe, lambda: terminal.fetching(screen), screen.print):
+        request = submit.read_request(order)
+        planned = make_plan(request)
+    inside = submit.container_for(order, request)
+    submit.make_ready(planned.stage, inside)
+    if request.machine.idle_gpus and planned.launch.engine:
+        screen.print(
+            f"{request.machine.idle_gpus} GPUs stay idle: the engine needs Transformer Engine for "
+            "them, and this Python has none; running on the CPU",
+            highlight=False,
+        )
+    if start.iteration:
+        screen.print(f"{planned.stage} goes on from iteration {start.iteration}")
+    watch, close = terminal.watching(planned, screen)
+    try:
+        ending = submit.start(planned, request.machine.cores, inside, watch)
+    finally:
+        close()
+    if ending is not None:
+        raise ending
+    terminal.summary(planned, screen)
+    return ()

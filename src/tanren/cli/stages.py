@@ -1,0 +1,142 @@
+"""The verbs of the stages, how fast one is, and what it would do."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tanren.cli.command import (
+    AfterJobs,
+    Binds,
+    Chain,
+    Dirty,
+    Hours,
+    Name,
+    Needs,
+    Nodes,
+    Parts,
+    RecipeFile,
+    Reservation,
+    Runtime,
+    Sets,
+    SiteName,
+    Then,
+    Type,
+    Variant,
+    app,
+    order_of,
+)
+from tanren.cli.run import run_order, run_stage
+
+
+def _stage_verb(stage: str, does: str) -> None:
+    def verb(
+        recipe: RecipeFile, variant: Variant = None, name: Name = None, set_: Sets = None,
+        runtime: Runtime = None, bind: Binds = None, site: SiteName = None, nodes: Nodes = None,
+        hours: Hours = None, type_: Type = None, reservation: Reservation = None,
+        after: AfterJobs = None, chain: Chain = 1, parts: Parts = None, needs: Needs = False,
+        then: Then = None, allow_dirty: Dirty = False,
+    ) -> None:  # fmt: skip
+        from tanren.config.errors import RequestError
+
+        if recipe.name.split(".")[0] != stage:
+            raise RequestError(
+                recipe, f"is not a {stage} recipe", f"tanren {recipe.name.split('.')[0]} {recipe}"
+            )
+        order = order_of(
+            recipe, variant, name, set_, runtime, bind, site, nodes, hours, type_, reservation,
+            after, chain, parts, allow_dirty,
+        )  # fmt: skip
+        run_order(order, needs, then)
+
+    example = f"Example: bin/tanren {stage} recipes/tiny/{stage}.yaml"
+    app.command(stage, help=does, epilog=example)(verb)
+
+
+_stage_verb("preprocess", "Text to tokens: tokenizer, and Megatron .bin/.idx files.")
+_stage_verb("convert", "A Hugging Face base to a megatron-core checkpoint.")
+_stage_verb("midtrain", "Continued pre-training. The same command again goes on where it stopped.")
+_stage_verb("sft", "Supervised fine-tuning on conversations. The same command again goes on.")
+_stage_verb("dpo", "Tuning on preferences. The same command again goes on where it stopped.")
+_stage_verb("export", "A checkpoint to a Hugging Face folder.")
+_stage_verb("eval", "The scores of an export, by lm-evaluation-harness.")
+
+
+@app.command(epilog="Example: bin/tanren bench recipes/tiny/midtrain.yaml --set micro_batch=4")
+def bench(
+    recipe: RecipeFile,
+    steps: Annotated[
+        int, typer.Option("--steps", min=4, help="in all; the last one is profiled")
+    ] = 12,
+    real: Annotated[
+        bool, typer.Option("--real", help="the recipe's own data and base, in place of random ones")
+    ] = False,
+    save: Annotated[bool, typer.Option("--save", help="one checkpoint in the middle")] = False,
+    variant: Variant = None, name: Name = None, set_: Sets = None, runtime: Runtime = None,
+    bind: Binds = None, site: SiteName = None, nodes: Nodes = None, hours: Hours = None,
+    type_: Type = None, reservation: Reservation = None, allow_dirty: Dirty = False,
+) -> None:  # fmt: skip
+    """How fast a training stage is on this machine, and where a step's time goes."""
+    from dataclasses import replace
+
+    from tanren.plan.bench import Bench
+    from tanren.report import terminal
+
+    order = order_of(recipe, variant, name, set_, runtime, bind, site, nodes, hours, type_,
+                   reservation, allow_dirty=allow_dirty)  # fmt: skip
+    measured = Bench(steps=steps, real=real, save=save)
+    run_stage(replace(order, bench=measured), False, terminal.console())
+
+
+@app.command(epilog="Example: bin/tanren plan recipes/tiny/midtrain.yaml --set steps=400")
+def plan(
+    recipe: RecipeFile, variant: Variant = None, name: Name = None, set_: Sets = None,
+    runtime: Runtime = None, bind: Binds = None, site: SiteName = None, nodes: Nodes = None,
+    hours: Hours = None, type_: Type = None, reservation: Reservation = None, parts: Parts = None,
+) -> None:  # fmt: skip
+    """Print what a stage would do, and change nothing."""
+    from tanren.config.errors import RequestError
+    from tanren.launch import clusters, fetching, local, queue, submit
+    from tanren.launch import parts as parts_of
+    from tanren.plan.make import make_plan
+    from tanren.report import terminal
+    from tanren.report.plan import print_plan
+
+    order = order_of(recipe, variant, name, set_, runtime, bind, site, nodes, hours, type_,
+                   reservation, parts=parts)  # fmt: skip
+    place = clusters.place_for(order)
+    request = submit.read_request(order, queue.machine_of(place) if place else None)
+    planned = make_plan(request)
+    refusal = None
+    try:
+        start = submit.look(planned)
+        state = (
+            "done"
+            if start.done
+            else f"goes on from iteration {start.iteration}"
+            if start.iteration
+            else "new"
+        )
+    except RequestError as error:
+        refusal, state = error, "would be refused, see below"
+    waiting = [needed.recipe_file.stem for needed in submit.missing(order, request)]
+    if waiting:
+        state += f"; {', '.join(waiting)} must be made first (make does it, or --needs)"
+    inside = submit.container_for(order, request, place.type.gpus if place else None)
+    meeting = local.Meeting("THE_FIRST_HOST", queue.FIRST_PORT)
+    script = local.script(planned.folder, planned.launch, 1, request.machine.cores, inside, meeting)
+    scripts = [("on each node" if place else "job script", script)]
+    if place:
+        text = queue.script(planned.folder, place, request.task)
+        scripts.insert(0, (f"job script for {place.site.scheduler}", text))
+    if place and parts:
+        cut = parts_of.cut(request, parts)
+        done = sum(submit.look(part).done for _, part in cut)
+        state += f"; {done} of {parts} parts are done" if done else ""
+        text = queue.script(cut[0][1].folder, place, request.task)
+        scripts.insert(0, (f"job script for {place.site.scheduler}, part 1 of {parts}", text))
+    notes = fetching.notes(request.recipe, request.task)
+    print_plan(planned, state, place, notes, scripts, terminal.console(), parts or 0)
+    if refusal is not None:
+        raise refusal
