@@ -14,7 +14,7 @@ iteration = $(if $(ITER),--set 'iteration=$(ITER)')
 of = $(if $(filter-out midtrain,$(STAGE)),--set 'of=stage:$(STAGE)')
 recipe = recipes/$(TASK)/$@.yaml
 
-.PHONY: help setup doctor env-eval fetch preprocess convert midtrain sft dpo pipeline export eval show generate fp8-gate bench plan submission build-image image-info lock shell status report wandb-sync logs cancel reproduce diff test test-images test-schedulers test-harness check
+.PHONY: help setup doctor env-eval env-nemo fetch preprocess convert midtrain sft dpo pipeline export eval show generate fp8-gate bench plan submission build-image image-info lock shell status report wandb-sync logs cancel reproduce diff test test-images test-schedulers test-harness test-nemo check
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ doctor: ## what this machine has and lacks for each stage (GPUS=1: measures ever
 
 env-eval: ## .venv-eval with lm-evaluation-harness, for make eval
 	@bin/setup eval
+
+env-nemo: ## .venv-nemo with nemo-toolkit for a CPU, for make test-nemo
+	@bin/setup nemo
 
 fetch: ## what TASK takes from the Hugging Face hub (VERIFY=1: hash again; UPDATE=1: ask anew)
 	@bin/setup host && bin/tanren fetch recipes/$(TASK) $(if $(VARIANT),--variant '$(VARIANT)') $(if $(VERIFY),--verify) $(if $(UPDATE),--update)
@@ -119,6 +122,9 @@ test-schedulers: ## jobs of the schedulers that run here: Slurm, Grid Engine, a 
 
 test-harness: ## a tiny export scored by the real lm-evaluation-harness; installs it
 	@bin/setup dev && bin/setup eval && .venv/bin/python -m pytest -n 0 -m harness --durations 5
+
+test-nemo: ## conversions and training against the real nemo-toolkit; installs it
+	@bin/setup dev && bin/setup nemo && .venv/bin/python -m pytest -n 0 -m nemo --durations 5
 
 check: ## format, lint, types, imports, shell scripts
 	@bin/setup dev && bin/check

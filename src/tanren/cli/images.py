@@ -131,15 +131,15 @@ def image_lock(
     """Write containers/locks anew: exact versions and hashes."""
     from tanren.images.definition import IMAGES, image_named
     from tanren.images.lock import renew_system_lock
-    from tanren.images.requirements import renew
+    from tanren.images.requirements import APART, renew
     from tanren.launch import container
     from tanren.launch.submit import shown
     from tanren.report import terminal
 
-    wanted = names or ["native", "eval", *IMAGES]
+    wanted = names or [*APART, *IMAGES]
     python = [name for name in wanted if name != "debian"]
     for name in python:
-        if name not in ("native", "eval"):
+        if name not in APART:
             image_named(name)
     changed = renew(python, upgrade=upgrade)
     if "debian" in wanted:

@@ -20,6 +20,9 @@ from tanren.images.definition import CONTAINERS, IMAGES, Image, Versions, read_v
 NATIVE = CONTAINERS / "locks" / "native.txt"
 # lm-evaluation-harness, which has an environment of its own and no image.
 EVAL = CONTAINERS / "locks" / "eval.txt"
+# NeMo on a CPU, of the same versions as the image nemo.
+NEMO_CPU = CONTAINERS / "locks" / "nemo-cpu.txt"
+APART = ("native", "eval", "nemo-cpu")
 # Every image is x86_64; the C library's version is the newest that a wheel may ask for.
 _OLDEST_GLIBC = 5
 
@@ -33,7 +36,7 @@ def packages_of(lock: Path) -> dict[str, str]:
 
 
 def renew(names: list[str], *, upgrade: bool) -> list[Path]:
-    """Write the locks anew: the native one, the harness's, and those of the images.
+    """Write the locks anew: the native one, the harness's, NeMo's, and those of the images.
 
     Args:
         upgrade: take the newest versions; without it only what a changed requirement asks for.
@@ -51,6 +54,8 @@ def renew(names: list[str], *, upgrade: bool) -> list[Path]:
         for name in names:
             if name == "eval":
                 _compile(uv, _eval_options(root, Path(folder)), root / EVAL, upgrade)
+            elif name == "nemo-cpu":
+                _compile(uv, _nemo_options(root, Path(folder)), root / NEMO_CPU, upgrade)
             elif name != "native":
                 options = _image_options(IMAGES[name], root, Path(folder))
                 _compile(uv, options, root / IMAGES[name].lock, upgrade)
@@ -70,6 +75,24 @@ def _eval_options(root: Path, folder: Path) -> list[str]:
     return [str(root / EVAL.with_suffix(".in")), "-c", str(root / NATIVE), "--override",
             str(never), "--no-emit-package", "torch", "--universal", "--python-version", "3.11",
             "--no-annotate"]  # fmt: skip
+
+
+def _nemo_options(root: Path, folder: Path) -> list[str]:
+    """The image's pins, torch as everywhere; what its GPU build brings is left to pip.
+
+    nvidia-resiliency-ext has wheels for glibc 2.39 and newer only, and NeMo does without it.
+    """
+    torch = packages_of(root / NATIVE)
+    pins = {**read_versions(IMAGES["nemo"], root).pins, "torch": torch["torch"]}
+    gpu = [name for name in torch if name.startswith(("nvidia-", "cuda-", "triton"))]
+    never = folder / "nemo-cpu.never"
+    never.write_text(
+        "".join(f"{name} ; sys_platform == 'never'\n" for name in [*gpu, "nvidia-resiliency-ext"])
+    )
+    pinned = folder / "nemo-cpu.pins"
+    pinned.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
+    return [str(root / NEMO_CPU.with_suffix(".in")), "-c", str(pinned), "--override", str(never),
+            "--python-version", "3.11", "--no-annotate"]  # fmt: skip
 
 
 def _image_options(image: Image, root: Path, folder: Path) -> list[str]:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tanren import harness
 from tanren.config.errors import RequestError, TanrenError
 from tanren.config.load import read_site, read_user, repository
 from tanren.config.site import Site, User
 from tanren.data import hub
+from tanren.environments import HARNESS
 from tanren.images.definition import IMAGES, read_versions
 from tanren.images.lock import check_definition, image_file
 from tanren.launch import container, queue, submit
@@ -341,15 +341,15 @@ def _jobs(outside: Outside, name: str | None, user: User, *, stated: bool) -> It
 
 
 def _evaluation(outside: Outside) -> Iterator[Finding]:
-    python = harness.python_of(outside.environment)
+    python = HARNESS.python(outside.environment)
     if not outside.which(str(python)):
         yield Finding("lm-evaluation-harness", "warning", f"no {submit.shown(python)}",
                       "make env-eval")  # fmt: skip
-    elif not harness.is_current(python):
+    elif not HARNESS.is_current(python):
         yield Finding("lm-evaluation-harness", "warning", "is of another lock than this "
                       "checkout's", "make env-eval")  # fmt: skip
     else:
-        yield Finding("lm-evaluation-harness", "ok", harness.pinned())
+        yield Finding("lm-evaluation-harness", "ok", HARNESS.pinned())
 
 
 def _offline(outside: Outside) -> bool:

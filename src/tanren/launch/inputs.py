@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar, cast
 
-from tanren import harness
 from tanren.config.data import ChatSet, Preprocess, Source
 from tanren.config.errors import RequestError
 from tanren.config.fields import SOURCE_NAME
 from tanren.config.schema import Convert, Evaluation, Recipe
 from tanren.config.training import Midtrain, Tuning
 from tanren.data import hub, sources
+from tanren.environments import HARNESS
 
 R = TypeVar("R", bound=Recipe)
 S = TypeVar("S", Source, ChatSet)
@@ -142,7 +142,7 @@ def marks(recipe: Recipe) -> dict[str, str | None]:
         if one.path is not None:
             found[one.name] = _mark(sources.files_of(one))
     if isinstance(recipe, Evaluation):
-        found["harness"] = harness.pinned()
+        found["harness"] = HARNESS.pinned()
         if recipe.task_folder is not None:
             found["tasks"] = _mark_of_tasks(Path(recipe.task_folder))
     base = _base(recipe)

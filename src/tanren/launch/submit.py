@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from tanren import harness, provenance, runs
+from tanren import provenance, runs
 from tanren.config.errors import RequestError, TanrenError
 from tanren.config.load import (
     changed_fields,
@@ -25,6 +25,7 @@ from tanren.config.load import (
 )
 from tanren.config.schema import Convert, Evaluation, Recipe
 from tanren.config.training import Midtrain, Training
+from tanren.environments import HARNESS
 from tanren.launch import container, inputs, local, native, origins
 from tanren.launch.container import Container
 from tanren.launch.machine import this_machine, visible_gpus
@@ -470,7 +471,7 @@ def make_ready(stage: str, inside: Container | None) -> None:
         RequestError: it is not, and cannot be made.
     """
     if stage in APART_STAGES:
-        harness.require()
+        HARNESS.require()
     elif inside is None:
         native.complete()
 

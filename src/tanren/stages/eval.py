@@ -16,8 +16,9 @@ from typing import Any
 
 import orjson
 
-from tanren import harness, runs
+from tanren import runs
 from tanren.config.errors import RequestError, TanrenError, WorkError
+from tanren.environments import HARNESS
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import EvaluationPlan, digest
 
@@ -33,7 +34,7 @@ def run(plan: EvaluationPlan, attempt: int) -> None:
     """
     assert plan.model is not None
     assert plan.iteration is not None
-    python, folder = harness.require(), plan.folder.harness
+    python, folder = HARNESS.require(), plan.folder.harness
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     settings = folder / "settings.yaml"
@@ -165,7 +166,7 @@ def _failure(plan: EvaluationPlan, attempt: int, code: int) -> TanrenError:
         where = plan.recipe.task_folder or "no task_folder in the recipe"
         return RequestError(
             f"tasks: {', '.join(plan.recipe.tasks)}", unknown[-1],
-            f"{harness.python_of()} -m lm_eval ls tasks   lists the harness's own; local ones "
+            f"{HARNESS.python()} -m lm_eval ls tasks   lists the harness's own; local ones "
             f"are in {where}",
         )  # fmt: skip
     offline = ("offline", "couldn't reach", "localentrynotfound", "connectionerror")
