@@ -65,8 +65,8 @@ def compare(shape: Model, folder: Path) -> dict[str, float | bool]:
         ours = model(tokens, positions, None)
         losses = model(tokens[:, :-1], positions[:, :-1], None, labels=tokens[:, 1:])
 
-    with mcore.reader(checkpoint) as read:
-        export.write(read, shape, back, dtype=torch.float32, tokenizer=None, base=base)
+    with mcore.open_checkpoint(checkpoint) as tensors:
+        export.write(tensors, shape, back, dtype=torch.float32, tokenizer=None, base=base)
     again = AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32)
     before, after = reference.state_dict(), again.state_dict()
     return {

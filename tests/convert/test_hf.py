@@ -10,13 +10,14 @@ import torch
 from tanren import runs
 from tanren.config.errors import RequestError, WorkError
 from tanren.convert import hf
+from tanren.convert.tensors import Held
 
 TENSORS = {f"layer.{i}.weight": torch.full((64, 4), float(i)) for i in range(5)}
 
 
 def write(folder: Path, max_shard_bytes: int = hf.MAX_SHARD_BYTES) -> Path:
     with runs.whole_folder(folder) as partial:
-        hf.write_tensors(partial, TENSORS.items(), max_shard_bytes=max_shard_bytes)
+        hf.write_tensors(partial, Held(TENSORS), max_shard_bytes=max_shard_bytes)
     return folder
 
 
@@ -24,9 +25,9 @@ def write(folder: Path, max_shard_bytes: int = hf.MAX_SHARD_BYTES) -> Path:
 def test_tensors_come_back_from_one_file_or_many(tmp_path: Path, limit: int, files: int) -> None:
     folder = write(tmp_path / "model", limit)
     assert len(list(folder.glob("*.safetensors"))) == files
-    with hf.reader(folder) as read:
-        assert sorted(read.files) == sorted(TENSORS)
-        assert all(torch.equal(read(name), tensor) for name, tensor in TENSORS.items())
+    with hf.open_model(folder) as found:
+        assert list(found.stored) == list(TENSORS)
+        assert all(torch.equal(found.read(name), tensor) for name, tensor in TENSORS.items())
 
 
 def test_transformers_reads_our_index(tmp_path: Path) -> None:
@@ -43,8 +44,8 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     folder = write(tmp_path / "model")
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-100])
-    with pytest.raises(RequestError) as refused, hf.reader(folder) as read:
-        read("layer.4.weight")
+    with pytest.raises(RequestError) as refused, hf.open_model(folder):
+        pass
     assert refused.value.place == str(folder / "model.safetensors")
     assert "is not whole" in refused.value.problem
 
@@ -52,16 +53,15 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", 2048)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with hf.reader(folder) as read:
-        assert torch.equal(read("layer.0.weight"), TENSORS["layer.0.weight"])
-        with pytest.raises(RequestError, match=r"model-00002-of-00003\.safetensors: is missing"):
-            read("layer.2.weight")
+    missing = pytest.raises(RequestError, match=r"model-00002-of-00003\.safetensors: is missing")
+    with missing, hf.open_model(folder):
+        pass
 
 
 def test_a_folder_without_tensors_or_config_is_refused(tmp_path: Path) -> None:
     with (
         pytest.raises(RequestError, match=r"holds neither model\.safetensors"),
-        hf.reader(tmp_path),
+        hf.open_model(tmp_path),
     ):
         pass
     with pytest.raises(RequestError, match=r"config\.json: is missing"):

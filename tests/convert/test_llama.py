@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from tanren.config.errors import RequestError
 from tanren.config.model import Model, RopeScaling
 from tanren.convert import llama
+from tanren.convert.tensors import Held
+from tests.convert.held import whole
 
 SHAPE = Model(
     layers=2, hidden_size=16, ffn_hidden_size=24, attention_heads=4, kv_groups=2,
@@ -73,9 +75,11 @@ def test_a_base_of_another_shape_names_both_sides() -> None:
 
 
 def test_a_tensor_of_another_shape_is_refused_by_its_name() -> None:
-    tensors = dict.fromkeys(llama.hf_names(SHAPE), torch.zeros(200, 8))
-    with pytest.raises(RequestError, match=r"model\.embed_tokens\.weight: gives embedding"):
-        list(llama.to_mcore(SHAPE, tensors.__getitem__))
+    tensors = {name: torch.zeros(shape) for name, shape in llama.hf_shapes(SHAPE).items()}
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(23, 16)
+    stated = r"layers\.1\.mlp\.up_proj\.weight is \[23, 16\] there, and the model's is \[24, 16\]"
+    with pytest.raises(RequestError, match=stated):
+        llama.to_mcore(SHAPE, Held(tensors), "base")
 
 
 @settings(max_examples=25, deadline=None)
@@ -92,18 +96,13 @@ def test_there_and_back_is_bit_exact(
         rotary_base=1e4, norm_epsilon=1e-5, tied_embeddings=tied,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
-    heads = groups * per_group
-    sizes = {"q_proj": (heads * width, 10), "k_proj": (groups * width, 10),
-             "v_proj": (groups * width, 10), "o_proj": (10, heads * width), "gate_proj": (6, 10),
-             "up_proj": (6, 10), "down_proj": (10, 6), "embed_tokens": (vocabulary, 10),
-             "lm_head": (vocabulary, 10)}  # fmt: skip
     before = {
-        name: torch.randn(sizes.get(name.split(".")[-2], (10,)), generator=generator)
-        for name in llama.hf_names(shape)
+        name: torch.randn(size, generator=generator)
+        for name, size in llama.hf_shapes(shape).items()
     }
-    middle = dict(llama.to_mcore(shape, before.__getitem__))
+    middle = whole(llama.to_mcore(shape, Held(before)))
     assert middle["embedding.word_embeddings.weight"].shape[0] % 128 == 0
     assert {entry.mcore for entry in llama.table(shape)} == set(middle)
-    after = dict(llama.to_hf(shape, middle.__getitem__))
+    after = whole(llama.to_hf(shape, Held(middle)))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

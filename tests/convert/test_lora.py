@@ -14,6 +14,8 @@ from tanren.config.errors import RequestError
 from tanren.config.model import Model
 from tanren.config.training import Lora
 from tanren.convert import llama, lora
+from tanren.convert.tensors import Held
+from tests.convert.held import whole
 
 SHAPE = Model(
     layers=2, hidden_size=16, ffn_hidden_size=24, attention_heads=4, kv_groups=2,
@@ -66,11 +68,11 @@ def test_merged_weights_and_peft_say_the_same(tmp_path: Path, shape: str, target
     settings = Lora.model_validate({"rank": 3, "alpha": 4.5, "targets": (targets,)})
     tensors, reference = adapters(model, settings), base(model)
     before = logits(reference)
-    weights = dict(llama.to_mcore(model, reference.state_dict().__getitem__))
-    read = lora.merged(model, weights.__getitem__, tensors.__getitem__, settings)
+    weights = llama.to_mcore(model, Held(reference.state_dict()))
+    both = lora.merged(model, weights, Held(tensors), settings)
     merged = base(model)
-    merged.load_state_dict(dict(llama.to_hf(model, read)), strict=not model.tied_embeddings)
-    lora.write_peft(tmp_path / "peft", model, tensors.__getitem__, settings, "owner/base")
+    merged.load_state_dict(whole(llama.to_hf(model, both)), strict=not model.tied_embeddings)
+    lora.write_peft(tmp_path / "peft", model, Held(tensors), settings, "owner/base")
     beside = PeftModel.from_pretrained(reference, str(tmp_path / "peft"))
     assert (logits(merged) - before).abs().max() > 1e-2
     torch.testing.assert_close(logits(beside.eval()), logits(merged), rtol=0, atol=2e-5)
@@ -81,7 +83,7 @@ def test_the_folder_is_what_peft_itself_would_write(tmp_path: Path) -> None:
 
     settings = Lora(rank=3, alpha=6.0, dropout=0.1)
     lora.write_peft(
-        tmp_path / "ours", SHAPE, adapters(SHAPE, settings).__getitem__, settings, "owner/base"
+        tmp_path / "ours", SHAPE, Held(adapters(SHAPE, settings)), settings, "owner/base"
     )
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     theirs = get_peft_model(
@@ -113,11 +115,10 @@ def test_the_sum_is_taken_in_fp32_and_the_base_stays_as_it_is() -> None:
     (adapter,) = lora.table(SHAPE, settings)
     weight = torch.randn((2, 16, 24), generator=torch.Generator().manual_seed(0)).bfloat16()
     kept = weight.clone()
-    read = lora.merged(SHAPE, {adapter.weight.mcore: weight}.__getitem__, tensors.__getitem__,
-                       settings)  # fmt: skip
+    both = lora.merged(SHAPE, Held({adapter.weight.mcore: weight}), Held(tensors), settings)
     down, up = (tensors[name].double() for name in (adapter.linear_in, adapter.linear_out))
     exact = weight.double() + 2.0 * up @ down
-    found = read(adapter.weight.mcore)
+    found = both.read(adapter.weight.mcore)
     assert found.dtype == torch.bfloat16
     # One rounding to the eight bits of bf16, and no other.
     torch.testing.assert_close(found.double(), exact, rtol=1.001 * 2**-8, atol=1e-9)

@@ -343,8 +343,8 @@ def folded(root: Path, layout: Layout) -> torch.Tensor:
     from tanren.engine import lora as adapters
 
     made = Case(root, "all", layout, ALL)
-    with mcore.reader(RunFolder(root / "single").checkpoint(MIDDLE)) as read:
-        adapters.fold(made.llama, read, ALL)
+    with mcore.open_checkpoint(RunFolder(root / "single").checkpoint(MIDDLE)) as tensors:
+        adapters.fold(made.llama, tensors, ALL)
     return made.token_losses()
 
 

@@ -19,8 +19,10 @@ import torch.nn.functional as F
 
 from tanren.config.model import Model
 from tanren.config.training import Layout
+from tanren.convert.tensors import Held
 from tanren.data.packing import collate
 from tanren.engine import distributed
+from tests.convert.held import whole
 
 WIDTH, ROWS = 24, 2
 COMMON = {
@@ -109,7 +111,7 @@ def through_transformers(shape: Model, folder: Path) -> Found:
     return {
         "losses": [one.detach() for one in losses],
         "means": torch.stack(means),
-        "gradients": dict(llama.to_mcore(shape, gradients.__getitem__)),
+        "gradients": whole(llama.to_mcore(shape, Held(gradients))),
     }
 
 

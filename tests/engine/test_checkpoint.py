@@ -11,7 +11,8 @@ import torch
 
 from tanren import runs
 from tanren.config.errors import RequestError
-from tanren.convert import mcore
+from tanren.convert import llama, mcore
+from tanren.convert.tensors import Held
 from tanren.plan.paths import RunFolder
 from tests.engine.adapters import TIED, hf_tensors
 from tests.engine.checkpoints import STEPS
@@ -23,7 +24,7 @@ from tests.stages.compared import weights
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes saved, and then one."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    mcore.write_base(TIED, hf_tensors(TIED).__getitem__, folder / "base-tied")
+    mcore.write_base(TIED, llama.to_mcore(TIED, Held(hf_tensors(TIED))), folder / "base-tied")
     for ranks in (2, 1):
         start("tests.engine.checkpoints", folder, ranks)
     return folder

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from tanren import runs
 from tanren.convert import hf, llama, lora, mcore
+from tanren.convert.tensors import Held
 from tanren.plan.paths import RunFolder
 from tests.engine.adapters import (
     ALL,
@@ -46,7 +47,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bases, and what one process left."""
     folder = tmp_path_factory.mktemp("lora")
     for name, shape in (("base", SHAPE), ("base-tied", TIED)):
-        mcore.write_base(shape, hf_tensors(shape).__getitem__, folder / name)
+        mcore.write_base(shape, llama.to_mcore(shape, Held(hf_tensors(shape))), folder / name)
     start("tests.engine.adapters", folder, 1)
     return folder
 
@@ -198,10 +199,13 @@ def test_the_export_speaks_as_the_engine_does(
     checkpoint = RunFolder(root / "single").checkpoint(MIDDLE)
     settings = lora.settings_of(checkpoint)
     assert settings is not None
-    with mcore.reader(root / "base") as base, mcore.reader(checkpoint) as adapters:
-        for name, read in (("base", base), ("merged", lora.merged(SHAPE, base, adapters, ALL))):
+    with (
+        mcore.open_checkpoint(root / "base") as base,
+        mcore.open_checkpoint(checkpoint) as adapters,
+    ):
+        for name, tensors in (("base", base), ("merged", lora.merged(SHAPE, base, adapters, ALL))):
             with runs.whole_folder(tmp_path / name) as folder:
-                hf.write_tensors(folder, llama.to_hf(SHAPE, read))
+                hf.write_tensors(folder, llama.to_hf(SHAPE, tensors))
                 hf.write_settings(folder, SHAPE, torch.float32, None, None)
         lora.write_peft(tmp_path / "peft", SHAPE, adapters, settings, str(tmp_path / "base"))
     before, engine = transformers_logits(tmp_path / "base"), one["logits"]

@@ -14,10 +14,12 @@ import torch.distributed as dist
 
 from tanren import runs
 from tanren.config.errors import WorkError
+from tanren.convert.tensors import Stored
+from tanren.convert.torch_dist import Record
 from tanren.engine import writer
 from tanren.engine.boxes import Chunk
 from tanren.engine.saver import Saver
-from tanren.engine.writer import Failed, Item, Memory, Publish, Record, Write, Written
+from tanren.engine.writer import Failed, Item, Memory, Publish, Write, Written
 from tanren.plan.paths import RunFolder
 from tests.conftest import wait_for
 
@@ -127,8 +129,8 @@ def order(root: Path, iteration: int, records: list[Record], **options: Any) -> 
 def test_a_part_that_is_missing_is_not_published(tmp_path: Path) -> None:
     partial = tmp_path / "checkpoints" / "iter_0000005.partial"
     partial.mkdir(parents=True)
-    chunk = Chunk("weight", (4, 5), (0, 0), (3, 5), 0)
-    record = Record("weight", chunk, torch.float32, "__0_0.distcp", 0, 10)
+    stored = Stored((4, 5), torch.float32)
+    record = Record("weight", "__0_0.distcp", 0, 10, stored, (0, 0), (3, 5))
     with pytest.raises(AssertionError, match="weight: 15 of 20 elements"):
         writer.publish(order(tmp_path, 5, [record]))
     assert [path.name for path in partial.parent.iterdir()] == ["iter_0000005.partial"]
@@ -171,7 +173,8 @@ def test_a_writer_widens_what_the_optimizer_keeps_short(tmp_path: Path) -> None:
     records: list[Record] = pickle.loads(zlib.decompress(done.records))
     read = []
     for record in records:
-        assert (record.chunk, record.dtype) == (chunk, torch.float32)
+        assert record.stored == Stored((2, 3), torch.float32)
+        assert (record.offsets, record.sizes) == (chunk.offsets, chunk.sizes)
         with (tmp_path / "new" / record.file).open("rb") as opened:
             opened.seek(record.offset)
             read.append(torch.load(opened))

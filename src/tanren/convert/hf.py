@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import orjson
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
-from tanren.convert import llama
+from tanren.convert import llama, safetensors
+from tanren.convert.tensors import Stored, Tensors
 from tanren.data import hub
 from tanren.data import tokenizer as tokenizers
 from tanren.data.fetch import fetch
@@ -25,6 +26,8 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 # Tensors a file: what one file of a large model usually holds.
 MAX_SHARD_BYTES = 5 * 10**9
+# Rows of a random matrix that are drawn together.
+_BLOCK = 4096
 
 
 def locate(source: str) -> Path:
@@ -57,101 +60,112 @@ def read_config(folder: Path) -> dict[str, Any]:
     return value
 
 
-class Reader:
-    """Tensors of a Hugging Face folder by name, memory-mapped."""
+class Weights:
+    """The tensors of a Hugging Face folder."""
 
-    def __init__(self, folder: Path, files: dict[str, Path], stack: ExitStack) -> None:
-        self.folder, self.files, self._stack = folder, files, stack
-        self._open: dict[Path, Any] = {}
+    def __init__(self, folder: Path, places: Mapping[str, safetensors.Place]) -> None:
+        self.folder, self._places = folder, places
+        self.stored = {name: place.stored for name, place in places.items()}
 
-    def __call__(self, name: str) -> torch.Tensor:
-        path = self.files.get(name)
-        if path is None:
-            raise RequestError(
-                self.folder,
-                f"holds no tensor {name}",
-                "the config.json and the tensors of the model do not belong together",
-            )
-        return self._handle(path).get_tensor(name)  # type: ignore[no-any-return]
+    def read(self, name: str, layer: int | None = None) -> torch.Tensor:
+        return self._places[name].read()
 
-    def _handle(self, path: Path) -> Any:
-        if path not in self._open:
-            try:
-                self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
-            except FileNotFoundError:
-                raise RequestError(path, "is missing", "fetch the model again") from None
-            except SafetensorError as error:
-                raise RequestError(
-                    path, f"is not whole: {error}", "fetch the model again"
-                ) from None
-        return self._open[path]
+    def rows(self, name: str, layer: int | None, start: int, stop: int) -> torch.Tensor:
+        return self._places[name].read(start, stop)
 
 
 @contextmanager
-def reader(folder: Path) -> Iterator[Reader]:
-    """Open a folder's safetensors, one file or many with an index."""
-    with ExitStack() as stack:
-        index = folder / _INDEX
-        if index.exists():
-            names = orjson.loads(index.read_bytes())["weight_map"]
-            yield Reader(folder, {name: folder / file for name, file in names.items()}, stack)
-        elif (folder / _SINGLE).exists():
-            result = Reader(folder, {}, stack)
-            result.files.update(
-                dict.fromkeys(result._handle(folder / _SINGLE).keys(), folder / _SINGLE)
-            )
-            yield result
-        else:
+def open_model(folder: Path) -> Iterator[Tensors]:
+    """The tensors of a folder's safetensors, one file or many with an index.
+
+    Raises:
+        RequestError: a file is missing or not whole, or a tensor is in two of them.
+    """
+    index, single = folder / _INDEX, folder / _SINGLE
+    if not index.exists() and not single.exists():
+        lost = any(folder.glob("model-*-of-*.safetensors"))
+        raise RequestError(
+            folder,
+            f"holds neither {_SINGLE} nor {_INDEX}",
+            "fetch the model again: its files are not known without the index"
+            if lost
+            else "only safetensors are read; save the model with safe_serialization=True",
+        )
+    if not index.exists():
+        yield Weights(folder, safetensors.read_header(single))
+        return
+    wanted = read_index(index)
+    found: dict[str, safetensors.Place] = {}
+    # A single file beside the index is what many read instead of it.
+    beside = {_SINGLE} if single.exists() else set()
+    for file in sorted({*wanted.values(), *beside}):
+        for name, place in safetensors.read_header(folder / file).items():
+            if name in found:
+                raise RequestError(
+                    folder,
+                    f"{found[name].file.name} and {file} both hold {name}",
+                    "remove the files that the model is not made of",
+                )
+            found[name] = place
+    for name, file in wanted.items():
+        if name not in found or found[name].file != folder / file:
             raise RequestError(
-                folder,
-                f"holds neither {_SINGLE} nor {_INDEX}",
-                "only safetensors are read; save the model with safe_serialization=True",
+                index, f"says that {name} is in {file}, and it is not", "fetch the model again"
             )
+    surplus = [name for name in found if name not in wanted]
+    if surplus:
+        raise RequestError(
+            index, f"does not name {surplus[0]}, which {found[surplus[0]].file.name} holds",
+            "fetch the model again",
+        )  # fmt: skip
+    yield Weights(folder, found)
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Which file each tensor is in, as the index of a model in several files says."""
+    again = "fetch the model again"
+    try:
+        value = json.loads(
+            index.read_bytes(),
+            object_pairs_hook=lambda pairs: safetensors.no_duplicates(pairs, index),
+        )
+        files = dict(value["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RequestError(index, f"is not an index of tensors: {error!r}", again) from None
+    except OSError as error:
+        raise RequestError(index, f"cannot be read: {error.strerror}", again) from None
+    for name, file in files.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise RequestError(index, f"{name} is in {file!r}, which is no file beside it", again)
+    return files
 
 
 def write_tensors(
-    folder: Path,
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    folder: Path, tensors: Tensors, *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Write tensors as safetensors: one file, or numbered ones with an index."""
-    shards: list[list[str]] = []
-    held: dict[str, torch.Tensor] = {}
+    shards: list[list[str]] = [[]]
     size = total = 0
-
-    def flush() -> None:
-        nonlocal held, size
-        if held:
-            save(held, folder / f"shard-{len(shards)}.safetensors")
-            shards.append(list(held))
-            held, size = {}, 0
-
-    for name, tensor in tensors:
-        if size + tensor.nbytes > max_shard_bytes:
-            flush()
-        held[name] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
+    for name, stored in tensors.stored.items():
+        if shards[-1] and size + stored.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += stored.nbytes
+        total += stored.nbytes
     if len(shards) == 1:
-        (folder / "shard-0.safetensors").rename(folder / _SINGLE)
+        safetensors.write({folder / _SINGLE: shards[0]}, tensors)
         return
-    names: dict[str, str] = {}
-    for number, shard in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{number}.safetensors").rename(folder / file)
-        names |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": total}, "weight_map": names}
+    files = {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": names
+        for number, names in enumerate(shards, 1)
+    }
+    safetensors.write({folder / file: names for file, names in files.items()}, tensors)
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: file for file, names in files.items() for name in names},
+    }
     (folder / _INDEX).write_bytes(orjson.dumps(index, option=orjson.OPT_INDENT_2))
-
-
-def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write one safetensors file; what goes wrong is an OSError, as for any other file."""
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(0, str(error)) from error
 
 
 def write_settings(
@@ -188,31 +202,36 @@ def write_settings(
         (folder / file).write_bytes(orjson.dumps(value, option=orjson.OPT_INDENT_2))
 
 
+class _Random:
+    """Matrices from N(0, init_std), norms one: each tensor is drawn when it is read."""
+
+    def __init__(self, model: Model, seed: int) -> None:
+        self._std, self._seed = model.init_std, seed
+        self.stored = {
+            name: Stored(shape, torch.bfloat16) for name, shape in llama.hf_shapes(model).items()
+        }
+
+    def read(self, name: str, layer: int | None = None) -> torch.Tensor:
+        return self.rows(name, layer, 0, self.stored[name].shape[0])
+
+    def rows(self, name: str, layer: int | None, start: int, stop: int) -> torch.Tensor:
+        shape = self.stored[name].shape
+        if len(shape) == 1:
+            return torch.ones(stop - start, dtype=torch.bfloat16)
+        # A stream for each block of rows, so that they are alike however many are read at once.
+        drawn = torch.empty(stop - start, shape[1], dtype=torch.bfloat16)
+        for block in range(start // _BLOCK, -(-stop // _BLOCK)):
+            first, last = block * _BLOCK, min((block + 1) * _BLOCK, shape[0])
+            state = zlib.crc32(f"{self._seed} {name} {block}".encode())
+            generator = torch.Generator().manual_seed(state)
+            values = torch.randn(last - first, shape[1], generator=generator) * self._std
+            low, high = max(first, start), min(last, stop)
+            drawn[low - start : high - start] = values[low - first : high - first]
+        return drawn
+
+
 def write_random(folder: Path, model: Model, tokenizer: Path, seed: int) -> None:
     """A base model with random weights: matrices from N(0, init_std), norms one."""
-    generator = torch.Generator().manual_seed(seed)
-    width = model.head_width
-    shapes = {
-        "embed_tokens": (model.vocabulary_size, model.hidden_size),
-        "lm_head": (model.vocabulary_size, model.hidden_size),
-        "q_proj": (model.attention_heads * width, model.hidden_size),
-        "k_proj": (model.kv_groups * width, model.hidden_size),
-        "v_proj": (model.kv_groups * width, model.hidden_size),
-        "o_proj": (model.hidden_size, model.attention_heads * width),
-        "gate_proj": (model.ffn_hidden_size, model.hidden_size),
-        "up_proj": (model.ffn_hidden_size, model.hidden_size),
-        "down_proj": (model.hidden_size, model.ffn_hidden_size),
-    }
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for name in llama.hf_names(model):
-            shape = shapes.get(name.split(".")[-2])
-            if shape is None:
-                yield name, torch.ones(model.hidden_size, dtype=torch.bfloat16)
-            else:
-                drawn = torch.randn(shape, generator=generator) * model.init_std
-                yield name, drawn.to(torch.bfloat16)
-
     with whole_folder(folder) as partial:
-        write_tensors(partial, tensors())
+        write_tensors(partial, _Random(model, seed))
         write_settings(partial, model, torch.bfloat16, tokenizer, None)

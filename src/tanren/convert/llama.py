@@ -8,7 +8,7 @@ gate and up projection are one matrix, and the vocabulary is padded.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,7 @@ from pydantic import ValidationError
 
 from tanren.config.errors import RequestError
 from tanren.config.model import Model, RopeScaling
-
-Read = Callable[[str], torch.Tensor]
+from tanren.convert.tensors import Stored, Tensors, rows
 
 
 @dataclass(frozen=True)
@@ -112,47 +111,178 @@ def table(model: Model) -> list[Entry]:
     return entries
 
 
-def hf_names(model: Model) -> list[str]:
-    """Every tensor name of the Hugging Face model."""
-    return [
-        name.format(layer=layer)
+def hf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the Hugging Face model and its shape, in the order of the forward pass."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    by_entry = [(entry, _parts(model, entry)) for entry in table(model)]
+    unstacked = [one for one in by_entry if not one[0].stacked]
+    for entry, parts in unstacked[:1]:
+        shapes |= zip(entry.hf, parts, strict=True)
+    for layer in range(model.layers):
+        for entry, parts in by_entry:
+            if entry.stacked:
+                names = [name.format(layer=layer) for name in entry.hf]
+                shapes |= zip(names, parts, strict=True)
+    for entry, parts in unstacked[1:]:
+        shapes |= zip(entry.hf, parts, strict=True)
+    return shapes
+
+
+def mcore_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a megatron-core checkpoint of the model and its shape, with the layers."""
+    return {
+        entry.mcore: (model.layers, *entry.shape) if entry.stacked else entry.shape
         for entry in table(model)
-        for layer in (range(model.layers) if entry.stacked else range(1))
-        for name in entry.hf
+    }
+
+
+def _parts(model: Model, entry: Entry) -> list[tuple[int, ...]]:
+    """The shapes of the Hugging Face tensors of one layer's tensor."""
+    parts = entry.split(model, torch.empty(entry.shape, device="meta"))
+    return [tuple(part.shape) for part in parts]
+
+
+def check_tensors(
+    stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], place: object
+) -> None:
+    """Refuse tensors that are not those of the model, each of them named.
+
+    Raises:
+        RequestError: some are missing, there are others, or one has another shape.
+    """
+    missing = [name for name in wanted if name not in stored]
+    # What old LLaMA checkpoints hold of the rotary embedding is computed anew by everyone. A model
+    # with tied embeddings may be saved with both.
+    surplus = [
+        name
+        for name in stored
+        if name not in wanted
+        and not name.endswith("rotary_emb.inv_freq")
+        and name != "lm_head.weight"
     ]
+    if missing:
+        raise RequestError(
+            place,
+            f"holds no tensor {_some(missing)}",
+            "the shape that is stated and the tensors do not belong together",
+        )
+    if surplus:
+        raise RequestError(
+            place,
+            f"holds tensors that a LLaMA of this shape has not: {_some(surplus)}",
+            "is it another architecture, or are there more layers than is stated?",
+        )
+    other = [
+        f"{name} is {list(stored[name].shape)} there, and the model's is {list(shape)}"
+        for name, shape in wanted.items()
+        if stored[name].shape != shape
+    ]
+    if other:
+        raise RequestError(
+            place,
+            _some(other, "; "),
+            "the shape that is stated and the tensors do not belong together",
+        )
 
 
-def to_mcore(model: Model, read: Read) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of each megatron-core entry, made from Hugging Face tensors.
+def _some(names: list[str], between: str = ", ") -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return between.join(names[:5]) + more
+
+
+def to_mcore(model: Model, tensors: Tensors, place: object = "the base") -> Tensors:
+    """Hugging Face tensors under megatron-core's names and in its layout.
 
     Args:
-        read: gives a Hugging Face tensor by its name.
+        place: where they are from, for messages.
+    Raises:
+        RequestError: they are not those of the model, or of more than one type where
+            megatron-core has one tensor.
     """
-    for entry in table(model):
-        layers = range(model.layers) if entry.stacked else range(1)
-        joined = [
-            entry.join(model, [read(name.format(layer=layer)) for name in entry.hf])
-            for layer in layers
-        ]
-        for tensor in joined:
-            if tuple(tensor.shape) != entry.shape:
-                raise RequestError(
-                    entry.hf[0].format(layer=0),
-                    f"gives {entry.mcore} the shape {list(tensor.shape)}, and the model's is "
-                    f"{list(entry.shape)}",
-                    "the config.json and the tensors of the model do not belong together",
-                )
-        yield entry.mcore, torch.stack(joined) if entry.stacked else joined[0]
+    check_tensors(tensors.stored, hf_shapes(model), place)
+    return _Joined(model, tensors, place)
 
 
-def to_hf(model: Model, read: Read) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of each Hugging Face tensor, made from megatron-core entries."""
-    for entry in table(model):
-        tensor = read(entry.mcore)
-        for layer in range(model.layers) if entry.stacked else range(1):
-            parts = entry.split(model, tensor[layer] if entry.stacked else tensor)
-            for name, part in zip(entry.hf, parts, strict=True):
-                yield name.format(layer=layer), part.contiguous()
+def to_hf(model: Model, tensors: Tensors, place: object = "the checkpoint") -> Tensors:
+    """megatron-core tensors under Hugging Face's names and in its layout.
+
+    Raises:
+        RequestError: one of the model's is missing, or has another shape.
+    """
+    wanted = mcore_shapes(model)
+    check_tensors({name: tensors.stored[name] for name in wanted if name in tensors.stored},
+                  wanted, place)  # fmt: skip
+    return _Split(model, tensors)
+
+
+class _Joined:
+    """The tensors of megatron-core, made of Hugging Face's when they are read."""
+
+    def __init__(self, model: Model, tensors: Tensors, place: object) -> None:
+        self._model, self._tensors = model, tensors
+        self._entries = {entry.mcore: entry for entry in table(model)}
+        self.stored = {
+            name: Stored(shape, self._dtype(self._entries[name], place))
+            for name, shape in mcore_shapes(model).items()
+        }
+
+    def _dtype(self, entry: Entry, place: object) -> torch.dtype:
+        layers = range(self._model.layers) if entry.stacked else range(1)
+        names = [name.format(layer=layer) for name in entry.hf for layer in layers]
+        kinds = {self._tensors.stored[name].dtype: name for name in names}
+        if len(kinds) > 1:
+            (one, first), (other, second), *_ = kinds.items()
+            raise RequestError(
+                place, f"{first} is {one} and {second} {other}, and they become one tensor",
+                "say which type they shall have: --dtype bf16 or fp32",
+            )  # fmt: skip
+        return next(iter(kinds))
+
+    def read(self, name: str, layer: int | None = None) -> torch.Tensor:
+        entry = self._entries[name]
+        if entry.stacked and layer is None:
+            return torch.stack([self.read(name, one) for one in range(self._model.layers)])
+        parts = [self._tensors.read(one.format(layer=layer)) for one in entry.hf]
+        return entry.join(self._model, parts)
+
+    def rows(self, name: str, layer: int | None, start: int, stop: int) -> torch.Tensor:
+        entry = self._entries[name]
+        if entry.join is not _pad:
+            return self.read(name, layer)[start:stop]
+        end = self._model.vocabulary_size
+        there = rows(self._tensors, entry.hf[0], None, min(start, end), min(stop, end))
+        padding = max(stop, end) - max(start, end)
+        if not padding:
+            return there
+        return torch.cat([there, there.new_zeros(padding, there.shape[1])])
+
+
+class _Split:
+    """The tensors of Hugging Face, taken out of megatron-core's when they are read."""
+
+    def __init__(self, model: Model, tensors: Tensors) -> None:
+        self._model, self._tensors = model, tensors
+        self._from: dict[str, tuple[Entry, int | None, int]] = {}
+        for entry in table(model):
+            for layer in range(model.layers) if entry.stacked else (None,):
+                for index, name in enumerate(entry.hf):
+                    self._from[name.format(layer=layer)] = entry, layer, index
+        self.stored = {
+            name: Stored(shape, tensors.stored[self._from[name][0].mcore].dtype)
+            for name, shape in hf_shapes(model).items()
+        }
+
+    def read(self, name: str, layer: int | None = None) -> torch.Tensor:
+        entry, of, index = self._from[name]
+        return entry.split(self._model, self._tensors.read(entry.mcore, of))[index]
+
+    def rows(self, name: str, layer: int | None, start: int, stop: int) -> torch.Tensor:
+        entry, of, _ = self._from[name]
+        if len(entry.hf) > 1:
+            return self.read(name)[start:stop]
+        # The same rows: what is more is padding at the end.
+        return rows(self._tensors, entry.mcore, of, start, stop)
 
 
 def model_of(config: dict[str, Any], place: object) -> Model:

@@ -22,7 +22,8 @@ from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
 from tanren.config.training import Lora, LoraLinear
-from tanren.convert import hf, llama
+from tanren.convert import llama, safetensors
+from tanren.convert.tensors import Held, Tensors, rows
 from tanren.data import tokenizer as tokenizers
 
 # Where a decoder layer has its linear layers.
@@ -74,58 +75,58 @@ def settings_in(common: dict[str, Any]) -> Lora | None:
     return None if settings is None else Lora.model_validate(settings)
 
 
-def merged(model: Model, read_base: llama.Read, read_adapter: llama.Read, lora: Lora) -> llama.Read:
+def merged(model: Model, base: Tensors, adapters: Tensors, lora: Lora) -> Tensors:
     """The base's tensors with alpha/rank B A added to the weights that have an adapter.
 
-    Args:
-        read_base: gives a megatron-core tensor of the base by name.
-        read_adapter: gives an adapter's tensor by name.
     Returns:
-        a reader of megatron-core tensors, in the base's type; the sum is taken in fp32.
+        tensors in the base's types; the sum is taken in fp32, a layer at a time when it is read.
     """
-    adapters = {adapter.weight.mcore: adapter for adapter in table(model, lora)}
+    return _Merged(model, base, adapters, lora)
 
-    def read(name: str) -> torch.Tensor:
-        base = read_base(name)
-        adapter = adapters.get(name)
+
+class _Merged:
+    def __init__(self, model: Model, base: Tensors, adapters: Tensors, lora: Lora) -> None:
+        self._model, self._base, self._beside, self._lora = model, base, adapters, lora
+        self._adapters = {adapter.weight.mcore: adapter for adapter in table(model, lora)}
+        self.stored = base.stored
+
+    def read(self, name: str, layer: int | None = None) -> torch.Tensor:
+        adapter = self._adapters.get(name)
         if adapter is None:
-            return base
-        down, up = read_adapter(adapter.linear_in), read_adapter(adapter.linear_out)
-        result = torch.empty_like(base)
-        # A layer at a time: in fp32 the whole stack would take twice the base's memory.
-        for layer, weight in enumerate(base):
-            change = lora.scale * (up[layer].float() @ down[layer].float())
-            result[layer] = weight.float() + change
-        return result
+            return self._base.read(name, layer)
+        if layer is None:
+            return torch.stack([self.read(name, one) for one in range(self._model.layers)])
+        weight = self._base.read(name, layer)
+        down = self._beside.read(adapter.linear_in, layer).float()
+        up = self._beside.read(adapter.linear_out, layer).float()
+        return (weight.float() + self._lora.scale * (up @ down)).to(weight.dtype)
 
-    return read
+    def rows(self, name: str, layer: int | None, start: int, stop: int) -> torch.Tensor:
+        if name in self._adapters:
+            return self.read(name, layer)[start:stop]
+        return rows(self._base, name, layer, start, stop)
 
 
-def to_peft(model: Model, read: llama.Read, lora: Lora) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of each matrix as PEFT keeps it beside the Hugging Face model.
-
-    Args:
-        read: gives an adapter's tensor by name.
-    """
+def to_peft(model: Model, adapters: Tensors, lora: Lora) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of each matrix as PEFT keeps it beside the Hugging Face model."""
     for adapter in table(model, lora):
-        down, up = read(adapter.linear_in), read(adapter.linear_out)
         for layer in range(model.layers):
-            parts = adapter.weight.split(model, up[layer])
+            down = adapters.read(adapter.linear_in, layer)
+            parts = adapter.weight.split(model, adapters.read(adapter.linear_out, layer))
             for name, part in zip(adapter.weight.hf, parts, strict=True):
                 linear = "base_model.model." + name.format(layer=layer).removesuffix(".weight")
-                # A file holds each tensor on its own, also where query, key and value share one.
-                yield f"{linear}.lora_A.weight", down[layer].clone()
-                yield f"{linear}.lora_B.weight", part.clone()
+                yield f"{linear}.lora_A.weight", down
+                yield f"{linear}.lora_B.weight", part
 
 
 def write_peft(
-    folder: Path, model: Model, read: llama.Read, lora: Lora, base: str,
+    folder: Path, model: Model, tensors: Tensors, lora: Lora, base: str,
     tokenizer: Path | None = None,
 ) -> None:  # fmt: skip
     """Write a folder that peft.PeftModel.from_pretrained loads; it appears when it is whole.
 
     Args:
-        read: gives an adapter's tensor by name.
+        tensors: the adapters', under their names in a checkpoint.
         base: the Hugging Face model that the adapters were trained beside, a path or a repository.
         tokenizer: a folder whose tokenizer is copied beside them.
     """
@@ -143,7 +144,8 @@ def write_peft(
         "inference_mode": True,
     }
     with runs.whole_folder(folder) as partial:
-        hf.save(dict(to_peft(model, read, lora)), partial / "adapter_model.safetensors")
+        matrices = Held(dict(to_peft(model, tensors, lora)))
+        safetensors.write({partial / "adapter_model.safetensors": list(matrices.stored)}, matrices)
         (partial / "adapter_config.json").write_bytes(
             orjson.dumps(config, option=orjson.OPT_INDENT_2)
         )

@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
-import logging
-import pickle
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
-from tanren.convert import llama
+from tanren.convert import llama, torch_dist
+from tanren.convert.tensors import Tensors
 
 FORMAT = b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
 FORMAT += b'"common_backend": "torch", "common_backend_version": 1}'
+# What a checkpoint of a training holds beside the weights.
+_OPTIMIZER = ("optimizer.", "chained_")
 
 
-def write_base(model: Model, read: llama.Read, checkpoint: Path, *, iteration: int = 0) -> None:
-    """Write Hugging Face tensors as a weights-only checkpoint that any layout loads.
+def write_base(model: Model, tensors: Tensors, checkpoint: Path, *, iteration: int = 0) -> None:
+    """Write a weights-only checkpoint that any layout loads.
 
     Args:
-        read: gives a Hugging Face tensor by name.
+        tensors: under megatron-core's names (`llama.to_mcore`).
         checkpoint: the final folder; it appears when it is whole.
     """
     with runs.whole_folder(checkpoint) as partial:
-        tensors = dict(llama.to_mcore(model, read))
-        with _quiet():
-            dcp.save(
-                tensors,
-                storage_writer=FileSystemWriter(partial, single_file_per_rank=True),
-                no_dist=True,
-            )
+        torch_dist.write(partial, tensors)
         common = {
             "iteration": iteration,
             "checkpoint_version": 3.0,
@@ -49,38 +40,40 @@ def write_base(model: Model, read: llama.Read, checkpoint: Path, *, iteration: i
 
 
 @contextmanager
-def reader(checkpoint: Path) -> Iterator[llama.Read]:
-    """Tensors of a checkpoint by name, whole, whatever layout saved them."""
-    try:
-        metadata = FileSystemReader(checkpoint).read_metadata()
-    except FileNotFoundError:
-        raise RequestError(checkpoint / ".metadata", "is missing") from None
-    except (EOFError, pickle.UnpicklingError) as error:
-        raise RequestError(checkpoint / ".metadata", f"is not whole: {error}") from None
+def open_checkpoint(checkpoint: Path) -> Iterator[Tensors]:
+    """A checkpoint's weights, whatever layout saved them; those of an optimizer are left out."""
+    yield Checkpoint(checkpoint)
 
-    def read(name: str) -> torch.Tensor:
-        stored = metadata.state_dict_metadata.get(name)
-        if not isinstance(stored, TensorStorageMetadata):
+
+class Checkpoint:
+    """The weights of a torch_dist checkpoint."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._boxes = torch_dist.Boxes(checkpoint)
+        self.stored = {
+            name: stored
+            for name, stored in self._boxes.stored.items()
+            if not name.startswith(_OPTIMIZER)
+        }
+
+    def read(self, name: str, layer: int | None = None) -> torch.Tensor:
+        shape = self._shape(name)
+        if layer is None:
+            return self._boxes.read(name, (0,) * len(shape), shape)
+        return self.rows(name, layer, 0, shape[1])
+
+    def rows(self, name: str, layer: int | None, start: int, stop: int) -> torch.Tensor:
+        shape = self._shape(name)
+        if layer is None:
+            offsets = (start, *(0 for _ in shape[1:]))
+            return self._boxes.read(name, offsets, (stop - start, *shape[1:]))
+        offsets = (layer, start, *(0 for _ in shape[2:]))
+        return self._boxes.read(name, offsets, (1, stop - start, *shape[2:]))[0]
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if name not in self.stored:
             raise RequestError(
-                checkpoint, f"holds no tensor {name}", "is it a checkpoint of this model?"
-            )
-        target = {name: torch.empty(stored.size, dtype=stored.properties.dtype)}
-        with _quiet():
-            dcp.load(target, storage_reader=FileSystemReader(checkpoint), no_dist=True)
-        return target[name]
-
-    yield read
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch warns on every call that it saves or loads in a single process: that is the point."""
-    logger = logging.getLogger("torch.distributed.checkpoint")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+                self._boxes.checkpoint, f"holds no tensor {name}",
+                "is it a checkpoint of this model?",
+            )  # fmt: skip
+        return self.stored[name].shape

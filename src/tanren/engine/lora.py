@@ -27,8 +27,8 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from tanren.config.training import Lora, LoraLinear
-from tanren.convert import llama
 from tanren.convert.lora import MODULES, table
+from tanren.convert.tensors import Tensors
 from tanren.engine.model import Llama
 
 # Their input is split over the tensor-parallel ranks, and not their output.
@@ -197,17 +197,17 @@ def _begin_the_graph(module: torch.nn.Module, inputs: Any, output: torch.Tensor)
         output.requires_grad_()
 
 
-def fold(model: Llama, read: llama.Read, lora: Lora) -> None:
+def fold(model: Llama, tensors: Tensors, lora: Lora) -> None:
     """Add the adapters of a checkpoint to the weights: a base that was trained by LoRA.
 
     Args:
         model: with the weights beside which the adapters were trained.
-        read: gives an adapter's tensor by name, whole and stacked over the layers.
+        tensors: the adapters', stacked over the layers.
     """
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
     for name, adapter in zip(lora.linears, table(model.shape, lora), strict=True):
-        down, up = read(adapter.linear_in), read(adapter.linear_out)
+        down, up = tensors.read(adapter.linear_in), tensors.read(adapter.linear_out)
         for layer in model.decoder.layers:
             linear: Any = layer.get_submodule(MODULES[name])
             weight = linear.weight

@@ -8,7 +8,6 @@ runs beside the training at a low priority, and ends when the trainer does, howe
 from __future__ import annotations
 
 import errno
-import heapq
 import importlib
 import mmap
 import os
@@ -28,6 +27,8 @@ from typing import Any
 import torch
 
 from tanren import runs
+from tanren.convert.tensors import Stored
+from tanren.convert.torch_dist import Record, metadata, shares
 from tanren.engine.boxes import Chunk, join
 from tanren.plan.paths import PARTIAL, RunFolder
 
@@ -109,18 +110,6 @@ class Failed:
     trace: str | None = None
 
 
-@dataclass(frozen=True)
-class Record:
-    """Where in a checkpoint's files something lies. Objects have no chunk."""
-
-    key: str
-    chunk: Chunk | None
-    dtype: torch.dtype | None
-    file: str
-    offset: int
-    length: int
-
-
 class Writer:
     """Does what it is told, one thing after the other."""
 
@@ -149,7 +138,7 @@ class Writer:
             runs.write_atomic(order.folder / name, content)
         jobs = [
             (order.folder / f"__{order.rank}_{number}.distcp", items)
-            for number, items in enumerate(_shares(self.items, THREADS))
+            for number, items in enumerate(shares(self.items, THREADS, _size))
         ]
         records: list[Record] = []
         with ThreadPoolExecutor(THREADS) as pool:
@@ -166,14 +155,19 @@ class Writer:
         records = []
         with path.open("wb") as stream:
             for key, blob in blobs.items():
-                records.append(Record(key, None, None, path.name, stream.tell(), len(blob)))
+                records.append(Record(key, path.name, stream.tell(), len(blob)))
                 stream.write(blob)
             for item in items:
                 offset = stream.tell()
                 torch.save(self._values(item), stream)
                 length = stream.tell() - offset
                 chunk = item.chunk
-                records.append(Record(chunk.name, chunk, item.written, path.name, offset, length))
+                stored = Stored(chunk.shape, item.written)
+                records.append(
+                    Record(
+                        chunk.name, path.name, offset, length, stored, chunk.offsets, chunk.sizes
+                    )
+                )
             stream.flush()
             os.fsync(stream.fileno())
         return records
@@ -191,15 +185,8 @@ class Writer:
         return values.to(item.written).view(item.chunk.sizes)
 
 
-def _shares(items: tuple[Item, ...], number: int) -> list[list[Item]]:
-    """The boxes in shares of about the same size, each in its order."""
-    shares: list[list[Item]] = [[] for _ in range(number)]
-    sizes = [(0, index) for index in range(number)]
-    for item in sorted(items, key=lambda one: -one.chunk.numel):
-        size, index = heapq.heappop(sizes)
-        shares[index].append(item)
-        heapq.heappush(sizes, (size + item.chunk.numel * item.written.itemsize, index))
-    return shares
+def _size(item: Item) -> int:
+    return item.chunk.numel * item.written.itemsize
 
 
 def publish(order: Publish) -> Published:
@@ -217,42 +204,6 @@ def publish(order: Publish) -> Published:
     for old in superfluous(runs.iterations(folder), order):
         remove(folder.checkpoint(old))
     return Published(size)
-
-
-def metadata(records: list[Record]) -> Any:
-    """A checkpoint's `.metadata`, as torch.distributed.checkpoint reads it."""
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-
-    contents: dict[str, Any] = {}
-    places: dict[Any, Any] = {}
-    for one in records:
-        place = _StorageInfo(one.file, one.offset, one.length)
-        if one.chunk is None:
-            contents[one.key] = BytesStorageMetadata()
-            places[MetadataIndex(one.key)] = place
-            continue
-        assert one.dtype is not None
-        chunk = ChunkStorageMetadata(torch.Size(one.chunk.offsets), torch.Size(one.chunk.sizes))
-        if one.key not in contents:
-            contents[one.key] = TensorStorageMetadata(
-                TensorProperties(one.dtype), torch.Size(one.chunk.shape), []
-            )
-        contents[one.key].chunks.append(chunk)
-        places[MetadataIndex(one.key, one.chunk.offsets)] = place
-    for key, one in contents.items():
-        if isinstance(one, TensorStorageMetadata):
-            there = sum(chunk.sizes.numel() for chunk in one.chunks)
-            assert there == one.size.numel(), f"{key}: {there} of {one.size.numel()} elements"
-    assert len(places) == len(records)
-    return Metadata(contents, storage_data=places, version="1.0.0")
 
 
 def superfluous(there: tuple[int, ...], order: Publish) -> list[int]:

@@ -50,16 +50,8 @@ def convert_base(base: Path, model: Model, checkpoint: Path, recipe_file: str) -
     config = base / "config.json"
     there = llama.model_of(hf.read_config(base), config)
     llama.check_same_shape(model, there, f"{recipe_file}: model", base)
-    with hf.reader(base) as read:
-        surplus = sorted(set(read.files) - set(llama.hf_names(model)) - {"lm_head.weight"})
-        surplus = [name for name in surplus if not name.endswith("rotary_emb.inv_freq")]
-        if surplus:
-            raise RequestError(
-                base,
-                f"holds tensors that a LLaMA of this shape has not: {', '.join(surplus[:5])}",
-                "is it another architecture, or more layers than its config.json states?",
-            )
-        mcore.write_base(model, read, checkpoint)
+    with hf.open_model(base) as tensors:
+        mcore.write_base(model, llama.to_mcore(model, tensors, base), checkpoint)
 
 
 def check_tokenizers(

@@ -15,6 +15,7 @@ from tanren.config.model import Model
 from tanren.config.training import Lora
 from tanren.convert import hf, llama, mcore
 from tanren.convert import lora as adapters
+from tanren.convert.tensors import Cast, Tensors
 from tanren.data import template
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import ExportPlan, MidtrainPlan, TrainingPlan, TuningPlan, digest, read_plan
@@ -38,8 +39,8 @@ def run(plan: ExportPlan, attempt: int) -> None:
     if settings is not None and plan.recipe.adapters == "peft":
         _write_peft(trained, checkpoint, settings, exported, dtype)
     else:
-        with _weights(trained, checkpoint, settings) as read:
-            _write(trained, read, exported, dtype)
+        with _weights(trained, checkpoint, settings) as tensors:
+            _write(trained, tensors, exported, dtype)
     sample, asked = "", plan.recipe.prompt
     if plan.recipe.sample_tokens:
         tuned = isinstance(trained, TuningPlan) and plan.recipe.question != ""
@@ -58,21 +59,19 @@ def run(plan: ExportPlan, attempt: int) -> None:
 
 
 @contextmanager
-def _weights(
-    trained: TrainingPlan, checkpoint: Path, settings: Lora | None
-) -> Iterator[llama.Read]:
+def _weights(trained: TrainingPlan, checkpoint: Path, settings: Lora | None) -> Iterator[Tensors]:
     """A trained model's tensors, its adapters merged into its base's weights."""
     with ExitStack() as stack:
-        read = stack.enter_context(mcore.reader(checkpoint))
+        tensors = stack.enter_context(mcore.open_checkpoint(checkpoint))
         if settings is None:
-            yield read
+            yield tensors
         else:
             base = stack.enter_context(_start(trained))
-            yield adapters.merged(trained.model, base, read, settings)
+            yield adapters.merged(trained.model, base, tensors, settings)
 
 
 @contextmanager
-def _start(trained: TrainingPlan) -> Iterator[llama.Read]:
+def _start(trained: TrainingPlan) -> Iterator[Tensors]:
     """The tensors that a training with adapters began from, and left as they were."""
     kind, _, where = trained.start.partition(":")
     # Iteration 0 is what the run itself made of a Hugging Face folder.
@@ -83,26 +82,26 @@ def _start(trained: TrainingPlan) -> Iterator[llama.Read]:
             f"bring it back, or make it again as {trained.folder.plan} says",
         )  # fmt: skip
     with ExitStack() as stack:
-        read = stack.enter_context(mcore.reader(base))
+        tensors = stack.enter_context(mcore.open_checkpoint(base))
         for below in map(Path, trained.adapters):
             settings = adapters.settings_of(below)
             assert settings is not None, below
-            read_below = stack.enter_context(mcore.reader(below))
-            read = adapters.merged(trained.model, read, read_below, settings)
-        yield read
+            beside = stack.enter_context(mcore.open_checkpoint(below))
+            tensors = adapters.merged(trained.model, tensors, beside, settings)
+        yield tensors
 
 
-def _write(trained: TrainingPlan, read: llama.Read, folder: Path, dtype: torch.dtype) -> None:
+def _write(trained: TrainingPlan, tensors: Tensors, folder: Path, dtype: torch.dtype) -> None:
     base = Path(hf.locate(trained.hf_source)) if trained.hf_source else None
     end_ids = tuning.end_ids(trained.folder) if isinstance(trained, TuningPlan) else ()
     write(
-        read, trained.model, folder,
+        tensors, trained.model, folder,
         dtype=dtype, tokenizer=_tokenizer(trained), base=base, end_ids=end_ids,
     )  # fmt: skip
 
 
 def write(
-    read: llama.Read,
+    tensors: Tensors,
     model: Model,
     folder: Path,
     *,
@@ -113,8 +112,7 @@ def write(
 ) -> None:
     """Write a Hugging Face folder from megatron-core tensors; it appears when it is whole."""
     with runs.whole_folder(folder) as partial:
-        tensors = ((name, t.to(dtype)) for name, t in llama.to_hf(model, read))
-        hf.write_tensors(partial, tensors)
+        hf.write_tensors(partial, Cast(llama.to_hf(model, tensors), dtype))
         hf.write_settings(partial, model, dtype, tokenizer, base, end_ids)
         template.make_fast(partial)
 
@@ -125,11 +123,11 @@ def _write_peft(
     """Write the adapters as PEFT has them, and beside them, once, the base they belong to."""
     base = trained.folder.hf_base
     if not base.is_dir():
-        with _start(trained) as read:
-            _write(trained, read, base, dtype)
-    with mcore.reader(checkpoint) as read:
+        with _start(trained) as tensors:
+            _write(trained, tensors, base, dtype)
+    with mcore.open_checkpoint(checkpoint) as tensors:
         adapters.write_peft(
-            folder, trained.model, read, settings, str(base), tokenizer=_tokenizer(trained)
+            folder, trained.model, tensors, settings, str(base), tokenizer=_tokenizer(trained)
         )
 
 

@@ -124,8 +124,8 @@ def load_start(plan: TrainingPlan, state: TrainingState) -> None:
         logger.info("with the adapters of %s", adapters)
         settings = adapters_of.settings_of(adapters)
         assert settings is not None, adapters
-        with mcore.reader(adapters) as read:
-            lora.fold(unwrap_model(state.model), read, settings)
+        with mcore.open_checkpoint(adapters) as tensors:
+            lora.fold(unwrap_model(state.model), tensors, settings)
     # The optimizer keeps fp32 copies of the weights: take those that were just loaded.
     state.optimizer.reload_model_params()
 

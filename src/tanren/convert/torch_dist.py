@@ -1,0 +1,429 @@
+"""The torch_dist format: tensors in boxes, a torch.save archive each, and `.metadata`, which says
+what is where.
+
+One process reads and writes them, whatever layout saved them. An archive keeps a tensor's bytes as
+they are in memory, so that a box is memory-mapped where it lies.
+"""
+
+from __future__ import annotations
+
+import collections
+import heapq
+import io
+import math
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from tanren.config.errors import RequestError
+from tanren.convert.mapping import contiguous, mapped
+from tanren.convert.tensors import Stored, Tensors, each, rows
+
+# Elements of a box that is written: what a thread holds at a time (128 MiB of bf16).
+LIMIT = 1 << 26
+# Threads that write, each with a file of its own.
+THREADS = 4
+# Tensors of which each layer has one lie stacked under these names.
+STACKED = "decoder.layers."
+# Of a zip entry's own header: its length, and where it says how long name and extra field are.
+_HEADER, _LENGTHS = 30, 26
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where in a checkpoint's files something lies. Objects have no box."""
+
+    key: str
+    file: str
+    offset: int
+    length: int
+    stored: Stored | None = None
+    offsets: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
+
+
+def metadata(records: Iterable[Record]) -> Metadata:
+    """A checkpoint's `.metadata`, as torch.distributed.checkpoint reads it."""
+    contents: dict[str, Any] = {}
+    places: dict[Any, Any] = {}
+    records = list(records)
+    for one in records:
+        place = _StorageInfo(one.file, one.offset, one.length)
+        if one.stored is None:
+            contents[one.key] = BytesStorageMetadata()
+            places[MetadataIndex(one.key)] = place
+            continue
+        chunk = ChunkStorageMetadata(torch.Size(one.offsets), torch.Size(one.sizes))
+        if one.key not in contents:
+            contents[one.key] = TensorStorageMetadata(
+                TensorProperties(one.stored.dtype), torch.Size(one.stored.shape), []
+            )
+        contents[one.key].chunks.append(chunk)
+        places[MetadataIndex(one.key, one.offsets)] = place
+    for key, one in contents.items():
+        if isinstance(one, TensorStorageMetadata):
+            there = sum(chunk.sizes.numel() for chunk in one.chunks)
+            assert there == one.size.numel(), f"{key}: {there} of {one.size.numel()} elements"
+    assert len(places) == len(records)
+    return Metadata(contents, storage_data=places, version="1.0.0")
+
+
+def read_metadata(checkpoint: Path) -> Metadata:
+    """What a checkpoint says is where.
+
+    Raises:
+        RequestError: `.metadata` is missing or broken.
+    """
+    try:
+        return FileSystemReader(checkpoint).read_metadata()
+    except FileNotFoundError:
+        raise RequestError(checkpoint / ".metadata", "is missing") from None
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise RequestError(checkpoint / ".metadata", f"is not whole: {error}") from None
+
+
+class Boxes:
+    """The boxes of a checkpoint's tensors. Several threads may read at a time."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self._metadata = read_metadata(checkpoint)
+        self.stored = {
+            name: Stored(tuple(one.size), one.properties.dtype)
+            for name, one in self._metadata.state_dict_metadata.items()
+            if isinstance(one, TensorStorageMetadata)
+        }
+        self._corners: dict[str, np.ndarray[Any, Any]] = {}
+        self._places: dict[MetadataIndex, _Place | None] = {}
+
+    def read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+        """Any part of a tensor: mapped where one box has it, else put together from several."""
+        parts = self.cuts(name, offsets, sizes)
+        if len(parts) == 1 and tuple(parts[0][1].shape) == sizes:
+            return parts[0][1]
+        whole = torch.empty(sizes, dtype=self.stored[name].dtype)
+        for low, part in parts:
+            window = zip(low, offsets, part.shape, strict=True)
+            whole[tuple(slice(at - o, at - o + n) for at, o, n in window)].copy_(part)
+        filled = sum(part.numel() for _, part in parts)
+        if filled != whole.numel():
+            raise RequestError(
+                self.checkpoint,
+                f"{name} has holes: {filled} of {whole.numel()} elements are there",
+                "bring the checkpoint again, whole",
+            )
+        return whole
+
+    def cuts(
+        self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]
+    ) -> list[tuple[tuple[int, ...], torch.Tensor]]:
+        """What each box has of a part of a tensor, and where that begins in the tensor."""
+        found = self._overlapping(name, offsets, sizes)
+        return [self._cut(name, index, offsets, sizes) for index in found]
+
+    def _overlapping(
+        self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]
+    ) -> list[int]:
+        """Which boxes of a tensor have something of this part of it."""
+        if name not in self._corners:
+            chunks = self._chunks(name)
+            self._corners[name] = np.array([[one.offsets, one.sizes] for one in chunks])
+        first, count = self._corners[name][:, 0], self._corners[name][:, 1]
+        wanted = np.array(offsets)
+        inside = (first < wanted + sizes) & (first + count > wanted)
+        found: list[int] = np.flatnonzero(inside.all(1)).tolist()
+        return found
+
+    def _cut(
+        self, name: str, index: int, offsets: tuple[int, ...], sizes: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], torch.Tensor]:
+        chunk = self._chunks(name)[index]
+        origin, lengths = tuple(chunk.offsets), tuple(chunk.sizes)
+        low = tuple(max(a, b) for a, b in zip(offsets, origin, strict=True))
+        ends = zip(offsets, sizes, origin, lengths, strict=True)
+        shape = tuple(min(a + n, b + m) - at for (a, n, b, m), at in zip(ends, low, strict=True))
+        inner = tuple(at - o for at, o in zip(low, origin, strict=True))
+        place = self._place(name, index)
+        if place is None:
+            window = tuple(slice(at, at + n) for at, n in zip(inner, shape, strict=True))
+            return low, self._loaded(name, index)[window]
+        strides = contiguous(lengths)
+        first = sum(at * stride for at, stride in zip(inner, strides, strict=True))
+        offset = place.offset + first * place.dtype.itemsize
+        return low, mapped(place.file, offset, place.dtype, shape, strides)
+
+    def _chunks(self, name: str) -> list[ChunkStorageMetadata]:
+        chunks: list[ChunkStorageMetadata]
+        chunks = cast(TensorStorageMetadata, self._metadata.state_dict_metadata[name]).chunks
+        return chunks
+
+    def _where(self, name: str, index: int) -> tuple[Path, int, int]:
+        chunk = self._chunks(name)[index]
+        try:
+            place = self._metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+        except KeyError:
+            raise RequestError(
+                self.checkpoint / ".metadata", f"does not say where {name} lies"
+            ) from None
+        if getattr(place, "transform_descriptors", None):
+            raise RequestError(
+                self.checkpoint / place.relative_path,
+                f"{name} is stored {', '.join(place.transform_descriptors)}, which is not read",
+                "save the checkpoint without compression",
+            )
+        return self.checkpoint / place.relative_path, place.offset, place.length
+
+    def _place(self, name: str, index: int) -> _Place | None:
+        """Where a box's bytes lie; None where its archive is not a plain one."""
+        chunk = self._chunks(name)[index]
+        key = MetadataIndex(name, chunk.offsets)
+        if key not in self._places:
+            file, offset, length = self._where(name, index)
+            self._places[key] = _find(file, offset, length, chunk.sizes.numel())
+        found = self._places[key]
+        return found if found is None or found.dtype == self.stored[name].dtype else None
+
+    def _loaded(self, name: str, index: int) -> torch.Tensor:
+        """A box by torch's own reading, whole."""
+        file, offset, length = self._where(name, index)
+        with file.open("rb") as stream:
+            stream.seek(offset)
+            content = stream.read(length)
+        try:
+            tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise RequestError(file, f"is broken: {error}", "bring the file again") from error
+        if not isinstance(tensor, torch.Tensor):
+            raise RequestError(file, f"holds a {type(tensor).__name__} where {name} should be")
+        sizes = self._chunks(name)[index].sizes
+        if tensor.numel() != sizes.numel():
+            raise RequestError(file, f"{name} is {list(tensor.shape)}, and {list(sizes)} is stated")
+        # Some writers leave out the axes of length 1 that stand for the layer.
+        return tensor.reshape(sizes).to(self.stored[name].dtype)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor's elements lie in a file, in a row."""
+
+    file: Path
+    offset: int
+    dtype: torch.dtype
+
+
+def _find(file: Path, offset: int, length: int, numel: int) -> _Place | None:
+    """The place of a tensor's elements within a torch.save archive that is a part of a file."""
+    try:
+        with file.open("rb") as stream, zipfile.ZipFile(_Window(stream, offset, length)) as archive:
+            entries = {one.filename.partition("/")[2]: one for one in archive.infolist()}
+            order = entries.get("byteorder")
+            if order is not None and archive.read(order) != b"little":
+                return None
+            dtype = _dtype(archive.read(entries["data.pkl"]), numel)
+            data = entries["data/0"]
+            plain = data.compress_type == zipfile.ZIP_STORED
+            if dtype is None or not plain or data.file_size < numel * dtype.itemsize:
+                return None
+            stream.seek(offset + data.header_offset + _LENGTHS)
+            name, extra = struct.unpack("<HH", stream.read(4))
+    except FileNotFoundError:
+        raise RequestError(file, "is missing", "bring the checkpoint again, whole") from None
+    except (zipfile.BadZipFile, KeyError, EOFError, struct.error, pickle.UnpicklingError):
+        # torch's own reading says what is wrong with it, or that nothing is.
+        return None
+    return _Place(file, offset + data.header_offset + _HEADER + name + extra, dtype)
+
+
+def _dtype(content: bytes, numel: int) -> torch.dtype | None:
+    """The type of a pickled tensor that is its storage from the first element on, in a row."""
+    found = _Description(io.BytesIO(content)).load()
+    if not isinstance(found, _Tensor):
+        return None
+    flat = contiguous(found.shape)
+    in_a_row = all(
+        size == 1 or stride == wanted
+        for size, stride, wanted in zip(found.shape, found.strides, flat, strict=True)
+    )
+    return found.dtype if in_a_row and not found.first and math.prod(found.shape) == numel else None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A box that is to be written: rows of a tensor, or of one layer's."""
+
+    name: str
+    layer: int | None
+    start: int
+    stop: int
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+def write(folder: Path, tensors: Tensors, *, prefix: str = "") -> None:
+    """Write tensors as boxes and `.metadata`, with a few boxes in memory at a time.
+
+    Args:
+        folder: exists, and gets its name when everything is written.
+        prefix: of the names in the checkpoint.
+    """
+    parts = [part for name, stored in tensors.stored.items() for part in _parts(name, stored)]
+
+    def size(part: _Part) -> int:
+        return math.prod(part.sizes) * tensors.stored[part.name].dtype.itemsize
+
+    def write_file(path: Path, mine: list[_Part]) -> list[Record]:
+        records = []
+        with path.open("wb") as stream:
+            for part in mine:
+                offset = stream.tell()
+                torch.save(_values(tensors, part), stream)
+                stored = tensors.stored[part.name]
+                records.append(
+                    Record(
+                        prefix + part.name, path.name, offset, stream.tell() - offset,
+                        stored, part.offsets, part.sizes,
+                    )
+                )  # fmt: skip
+            stream.flush()
+            os.fsync(stream.fileno())
+        return records
+
+    # Always the same boxes in the same file: what is made of equal weights has equal files.
+    jobs = [
+        (folder / f"__0_{number}.distcp", mine)
+        for number, mine in enumerate(shares(parts, THREADS, size))
+        if mine
+    ]
+    with _without_checksums():
+        written = each(lambda job: write_file(*job), jobs, THREADS)
+    records = [record for some in written for record in some]
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata(records)))
+
+
+def _parts(name: str, stored: Stored) -> Iterator[_Part]:
+    layers = range(stored.shape[0]) if name.startswith(STACKED) else (None,)
+    for layer in layers:
+        shape = stored.shape if layer is None else stored.shape[1:]
+        before = () if layer is None else (layer,)
+        step = max(LIMIT // max(math.prod(shape[1:]), 1), 1)
+        for start in range(0, shape[0], step):
+            stop = min(start + step, shape[0])
+            offsets = (*before, start, *(0 for _ in shape[1:]))
+            sizes = (*(1 for _ in before), stop - start, *shape[1:])
+            yield _Part(name, layer, start, stop, offsets, sizes)
+
+
+def _values(tensors: Tensors, part: _Part) -> torch.Tensor:
+    values = rows(tensors, part.name, part.layer, part.start, part.stop).reshape(part.sizes)
+    # torch saves all of the storage that a tensor is a part of.
+    whole = values.is_contiguous() and values.untyped_storage().nbytes() == values.nbytes
+    return values if whole else values.clone(memory_format=torch.contiguous_format)
+
+
+@contextmanager
+def _without_checksums() -> Iterator[None]:
+    """torch computes a checksum of each archive, at half the speed of writing, and reads none."""
+    try:
+        from torch.utils.serialization import config
+    except ImportError:  # torch before 2.6 has no such switch
+        yield
+        return
+    before = config.save.compute_crc32
+    config.save.compute_crc32 = False
+    try:
+        yield
+    finally:
+        config.save.compute_crc32 = before
+
+
+T = TypeVar("T")
+
+
+def shares(items: Sequence[T], number: int, size: Callable[[T], int]) -> list[list[T]]:
+    """Items in shares of about the same size, each in its order."""
+    found: list[list[T]] = [[] for _ in range(number)]
+    sizes = [(0, index) for index in range(number)]
+    for item in sorted(items, key=lambda one: -size(one)):
+        so_far, index = heapq.heappop(sizes)
+        found[index].append(item)
+        heapq.heappush(sizes, (so_far + size(item), index))
+    return found
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """What a pickled tensor says of itself."""
+
+    dtype: torch.dtype
+    first: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Description(pickle.Unpickler):
+    """Reads what a pickled tensor is like; it makes nothing else, and calls nothing."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda dtype, first, shape, strides, *_: _Tensor(dtype, first, shape, strides)
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if module == "torch" and name.endswith("Storage") and hasattr(torch, name):
+            return getattr(torch, name).dtype
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of a plain tensor")
+
+    def persistent_load(self, identity: Any) -> torch.dtype:
+        kind, dtype, key, *_ = identity
+        if kind != "storage" or key != "0" or not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError("not a plain tensor")
+        return dtype
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file of its own."""
+
+    def __init__(self, stream: Any, start: int, length: int) -> None:
+        self._stream, self._start, self._length, self._at = stream, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if origin + offset < 0:
+            raise OSError("before the start")
+        self._at = origin + offset
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        rest = max(self._length - self._at, 0)
+        count = rest if size is None or size < 0 else min(size, rest)
+        self._stream.seek(self._start + self._at)
+        content = bytes(self._stream.read(count))
+        self._at += len(content)
+        return content
