@@ -393,14 +393,19 @@ def megatron_arguments(shape: Model) -> argparse.Namespace:
     )
 
 
-def check_same_shape(here: Model, there: Model, place: object, base: object) -> None:
-    """Refuse a base whose shape is not the recipe's, naming each field with both values."""
+def differences(here: Model, there: Model) -> list[str]:
+    """Each field in which two shapes differ, with both values."""
     ignored = {"init_std", "head_size"}
-    differing = [
+    return [
         f"{name} {getattr(there, name)} there, {getattr(here, name)} here"
         for name in [*Model.model_fields, "head_width"]
         if name not in ignored and getattr(there, name) != getattr(here, name)
     ]
+
+
+def check_same_shape(here: Model, there: Model, place: object, base: object) -> None:
+    """Refuse a base whose shape is not the recipe's, naming each field with both values."""
+    differing = differences(here, there)
     if differing:
         raise RequestError(
             place,

@@ -142,6 +142,15 @@ def read(path: Path) -> Tokenizer:
     return _read_sentencepiece(found[0])
 
 
+def largest_id(path: Path) -> int:
+    """The largest id that a text can get, whether or not special tokens are named; see `read`."""
+    fast = path / "tokenizer.json"
+    if fast.is_file():
+        return max(_Fast(fast).pieces().values())
+    model = path if path.suffix == ".model" else min(path.glob("*.model"))
+    return max(_SentencePiece(model).pieces().values())
+
+
 def _read_sentencepiece(path: Path) -> Tokenizer:
     if not path.is_file():
         raise RequestError(path, "there is no such file", "check the tokenizer's path")
