@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from tanren.config.model import Model
+from tanren.config.model import Model, RopeScaling
 from tanren.config.training import Layout, Lora
 from tanren.engine.head import Head, fuse_without_apex
 from tanren.engine.packed import block_mask, sequence_params
@@ -94,6 +94,21 @@ def _layers(config: TransformerConfig) -> Any:
     return cpu.block_spec(config)
 
 
+def scale_rotary(rotary: Any, scaling: RopeScaling | None) -> None:
+    """Scale the frequencies of a rotary embedding as Llama 3.1 does.
+
+    megatron-core passes on the factor alone; the other three are the recipe's as well.
+    """
+    if scaling is not None:
+        rotary.inv_freq = rotary._apply_scaling(
+            rotary.inv_freq,
+            factor=scaling.factor,
+            low_freq_factor=scaling.low_frequency_factor,
+            high_freq_factor=scaling.high_frequency_factor,
+            original_max_position_embeddings=scaling.original_max_positions,
+        )
+
+
 class Llama(GPTModel):
     """GPTModel whose losses are made by `Head`, over the vocabulary without its padding.
 
@@ -124,17 +139,7 @@ class Llama(GPTModel):
             Head.take_over(self.output_layer, shape.vocabulary_size, z_loss)
         # Transformer Engine's attention takes packed sequences (thd), the local one a mask.
         self.takes_sequences = torch.cuda.is_available()
-        scaling = shape.rope_scaling
-        if scaling is not None:
-            # megatron-core passes on the factor alone; the other three are the recipe's as well.
-            rotary = self.rotary_pos_emb
-            rotary.inv_freq = rotary._apply_scaling(
-                rotary.inv_freq,
-                factor=scaling.factor,
-                low_freq_factor=scaling.low_frequency_factor,
-                high_freq_factor=scaling.high_frequency_factor,
-                original_max_position_embeddings=scaling.original_max_positions,
-            )
+        scale_rotary(self.rotary_pos_emb, shape.rope_scaling)
 
     def forward(
         self,
