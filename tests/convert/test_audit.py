@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
 from tanren.convert import audit, hf, llama
-from tanren.convert.tensors import Stored
+from tanren.convert.tensors import Held, Stored, Tensors, listed
 from tanren.data import tokenizer as tokenizers
+from tests.convert.held import whole
 
 SHAPE = Model(
     layers=4, hidden_size=16, ffn_hidden_size=24, attention_heads=4, kv_groups=2,
@@ -28,32 +28,20 @@ SHAPE = Model(
 )  # fmt: skip
 TIED = SHAPE.model_copy(update={"tied_embeddings": True})
 MIDDLE, LAST = "model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors"
+Change = Callable[[dict[str, torch.Tensor]], None]
 FC1 = "decoder.layers.mlp.linear_fc1.weight"
 
 
-@dataclass
-class Plain:
-    """A checkpoint under megatron-core's names, in memory."""
-
-    tensors: dict[str, torch.Tensor]
-
-    @property
-    def stored(self) -> Mapping[str, Stored]:
-        return {name: Stored(tuple(t.shape), t.dtype) for name, t in self.tensors.items()}
-
-    def read(self, name: str, layer: int | None = None) -> torch.Tensor:
-        return self.tensors[name] if layer is None else self.tensors[name][layer]
-
-
-def plain(model: Model = SHAPE) -> Plain:
-    return Plain(dict(llama.to_mcore(model, hf_tensors(model).__getitem__)))
+def plain(model: Model = SHAPE) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors under megatron-core's names."""
+    return whole(llama.to_mcore(model, Held(hf_tensors(model))))
 
 
 def hf_tensors(model: Model) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     return {
         name: torch.randn(shape, generator=generator).bfloat16()
-        for name, shape in audit.hf_shapes(model).items()
+        for name, shape in llama.hf_shapes(model).items()
     }
 
 
@@ -66,7 +54,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(folder: Path, tokenizer: Path, model: Model = SHAPE, limit: int = 14_000) -> Path:
     folder.mkdir()
-    hf.write_tensors(folder, hf_tensors(model).items(), max_shard_bytes=limit)
+    hf.write_tensors(folder, Held(hf_tensors(model)), max_shard_bytes=limit)
     hf.write_settings(folder, model, torch.bfloat16, tokenizer, None)
     return folder
 
@@ -93,23 +81,37 @@ def test_the_shapes_are_those_of_transformers() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     there = LlamaForCausalLM(LlamaConfig.from_dict(llama.config_of(SHAPE))).state_dict()
-    assert audit.hf_shapes(SHAPE) == {name: tuple(t.shape) for name, t in there.items()}
+    assert llama.hf_shapes(SHAPE) == {name: tuple(t.shape) for name, t in there.items()}
     assert len(there) == 4 * 9 + 3
 
 
-def test_all_that_lacks_and_all_that_is_too_much_is_named() -> None:
-    there = audit.hf_shapes(SHAPE)
+def stored(shapes: dict[str, tuple[int, ...]]) -> dict[str, Stored]:
+    return {name: Stored(shape, torch.bfloat16) for name, shape in shapes.items()}
+
+
+def test_all_that_lacks_or_is_too_much_is_named() -> None:
+    wanted = llama.hf_shapes(SHAPE)
+    there = dict(wanted)
     for layer in (0, 1, 3):
         del there[f"model.layers.{layer}.mlp.up_proj.weight"]
     del there["lm_head.weight"]
-    there |= {"model.layers.2.self_attn.q_proj.bias": (16,), "score.weight": (2, 16)}
-    there["model.norm.weight"] = (17,)
-    text = refusal(lambda: audit.check_names(audit.hf_shapes(SHAPE), there, "/base"))
+    text = refusal(lambda: llama.check_tensors(stored(there), wanted, "/base"))
     assert text == (
-        "/base: lacks lm_head.weight, model.layers.{0-1,3}.mlp.up_proj.weight; "
-        "has model.layers.2.self_attn.q_proj.bias, score.weight, which a model of this shape has "
-        "not; model.norm.weight has the shape [17], and the model's is [16]"
+        "/base: holds no tensor lm_head.weight, model.layers.{0-1,3}.mlp.up_proj.weight"
     )
+    more = wanted | {f"model.layers.{n}.self_attn.q_proj.bias": (16,) for n in range(4)}
+    more |= {"score.weight": (2, 16), "model.layers.2.self_attn.rotary_emb.inv_freq": (4,)}
+    text = refusal(lambda: llama.check_tensors(stored(more), wanted, "/base"))
+    surplus = "model.layers.{0-3}.self_attn.q_proj.bias, score.weight"
+    assert text.endswith(f"holds tensors that a LLaMA of this shape has not: {surplus}")
+    text = refusal(lambda: llama.check_tensors(stored(more), wanted, "/base", strict=True))
+    assert "model.layers.2.self_attn.rotary_emb.inv_freq, score.weight" in text
+
+
+def test_names_are_listed_with_their_layers_together() -> None:
+    names = [f"decoder.layers.{n}.mlp.weight" for n in (11, 3, 1, 2, 9, 10)]
+    assert listed(["z", *names]) == "decoder.layers.{1-3,9-11}.mlp.weight, z"
+    assert listed([]) == ""
 
 
 @settings(max_examples=60, deadline=None)
@@ -150,26 +152,26 @@ def test_numbers_of_no_fraction_and_no_elements_are_finite() -> None:
 
 
 def test_a_checkpoint_that_is_right_passes(tokenizer: Path) -> None:
-    audit.check_tensors(SHAPE, plain(), "/checkpoint", tokenizer=tokenizer)
-    audit.check_tensors(TIED, plain(TIED), "/checkpoint")
+    audit.check_tensors(SHAPE, Held(plain()), "/checkpoint", tokenizer=tokenizer)
+    audit.check_tensors(TIED, Held(plain(TIED)), "/checkpoint")
 
 
-def _set(name: str, index: Any, value: float) -> Callable[[Plain], None]:
-    def change(there: Plain) -> None:
-        there.tensors[name][index] = value
-
-    return change
-
-
-def _replace(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Plain], None]:
-    def change(there: Plain) -> None:
-        there.tensors[name] = make(there.tensors[name])
+def _set(name: str, index: Any, value: float) -> Change:
+    def change(there: dict[str, torch.Tensor]) -> None:
+        there[name][index] = value
 
     return change
 
 
-def _rename(there: Plain) -> None:
-    there.tensors["head.weight"] = there.tensors.pop("output_layer.weight")
+def _replace(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    def change(there: dict[str, torch.Tensor]) -> None:
+        there[name] = make(there[name])
+
+    return change
+
+
+def _rename(there: dict[str, torch.Tensor]) -> None:
+    there["head.weight"] = there.pop("output_layer.weight")
 
 
 @pytest.mark.parametrize(
@@ -182,47 +184,56 @@ def _rename(there: Plain) -> None:
          "embedding.word_embeddings.weight is not zero in its rows from 300 on, which pad the "
          "vocabulary"),
         (_replace("output_layer.weight", lambda t: t[:300]),
-         "output_layer.weight has the shape [300, 16], and the model's is [384, 16]"),
+         "output_layer.weight is [300, 16] there, and the model's is [384, 16]"),
         (_replace(FC1, lambda t: t[:3]),
-         f"{FC1} has the shape [3, 48, 16], and the model's is [4, 48, 16]"),
-        (_rename, "lacks output_layer.weight; has head.weight, which a model of this shape has "
-                  "not"),
+         f"{FC1} is [3, 48, 16] there, and the model's is [4, 48, 16]"),
+        (_rename, "holds no tensor output_layer.weight"),
+        (lambda there: there.update(more=torch.zeros(1)),
+         "holds tensors that a LLaMA of this shape has not: more"),
     ],
-    ids=["nan", "infinity", "padding", "unpadded", "a-layer-less", "name"],
+    ids=["nan", "infinity", "padding", "unpadded", "a-layer-less", "name", "surplus"],
 )  # fmt: skip
-def test_what_is_wrong_with_a_checkpoint_is_named(
-    change: Callable[[Plain], None], problem: str
-) -> None:
+def test_what_is_wrong_with_a_checkpoint_is_named(change: Change, problem: str) -> None:
     there = plain()
     change(there)
-    text = refusal(lambda: audit.check_tensors(SHAPE, there, "/checkpoint"))
+    text = refusal(lambda: audit.check_tensors(SHAPE, Held(there), "/checkpoint"))
     assert text == f"/checkpoint: {problem}"
 
 
-def test_a_layer_that_never_came_is_named() -> None:
-    check, there = audit.Check.of_mcore(SHAPE, "/checkpoint"), plain()
-    for name, tensor in there.tensors.items():
-        if not name.startswith("decoder.layers."):
-            check.add(name, tensor)
-            continue
-        for layer in (0, 3) if name == FC1 else range(4):
-            check.add(name, tensor[layer], layer)
-    assert refusal(check.finish) == f"/checkpoint: lacks {FC1} of layers 1-2"
-    for layer in (2, 1):
-        check.add(FC1, there.tensors[FC1][layer], layer)
-    check.finish()
-    with pytest.raises(AssertionError, match="came twice"):
-        check.add(FC1, there.tensors[FC1][1], 1)
+def test_a_writer_that_leaves_something_out_is_caught() -> None:
+    def write(passed: Tensors, layers: tuple[int, ...]) -> None:
+        for name in passed.stored:
+            if name != FC1:
+                passed.read(name)
+        for layer in layers:
+            # By rows, as writers of large tensors do.
+            passed.rows(FC1, layer, 0, 30)  # type: ignore[attr-defined]
+            passed.rows(FC1, layer, 30, 48)  # type: ignore[attr-defined]
+
+    shapes = llama.mcore_shapes(SHAPE)
+    with audit.passing(Held(plain()), shapes, "/checkpoint", vocabulary=300) as passed:
+        write(passed, (0, 1, 2, 3))
+    for layers in ((0, 1, 3), (0, 1, 2, 3, 3)):
+        with (
+            pytest.raises(AssertionError, match=f"{FC1} was not written whole"),
+            audit.passing(Held(plain()), shapes, "/checkpoint", vocabulary=300) as passed,
+        ):
+            write(passed, layers)
 
 
-def test_what_passes_through_is_looked_at_and_counted() -> None:
-    tensors = hf_tensors(SHAPE)
-    passed = list(audit.Check.of_hf(SHAPE, "/hf").through(tensors.items()))
-    assert [name for name, _ in passed] == list(tensors)
-    assert all(passed_tensor is tensors[name] for name, passed_tensor in passed)
-    del tensors["model.norm.weight"]
-    short = audit.Check.of_hf(SHAPE, "/hf").through(tensors.items())
-    assert refusal(lambda: list(short)) == "/hf: lacks model.norm.weight"
+def test_what_is_read_by_rows_is_named_by_its_place_in_the_whole() -> None:
+    there, shapes = plain(), llama.mcore_shapes(SHAPE)
+    there["output_layer.weight"][250, 3] = float("nan")
+    with audit.passing(Held(there), shapes, "/checkpoint", vocabulary=300) as passed:
+        text = refusal(lambda: passed.rows("output_layer.weight", None, 200, 300))  # type: ignore[attr-defined]
+        assert text == "/checkpoint: output_layer.weight holds nan at [250, 3]"
+        there["output_layer.weight"][250, 3] = 0.0
+        there["output_layer.weight"][310, 3] = 1.0
+        text = refusal(lambda: passed.rows("output_layer.weight", None, 305, 384))  # type: ignore[attr-defined]
+        assert "output_layer.weight is not zero in its rows from 300 on" in text
+        there["output_layer.weight"][310, 3] = 0.0
+        check = whole(passed)
+    assert check.keys() == shapes.keys()
 
 
 def _edit(file: str, **changes: Any) -> Callable[[Path], None]:
@@ -271,11 +282,11 @@ def _longer_vocabulary(folder: Path) -> None:
     ("change", "problem"),
     [
         (_edit("config.json", vocab_size=384),
-         "model.embed_tokens.weight has the shape [300, 16], and the model's is [384, 16]"),
+         "model.embed_tokens.weight is [300, 16] there, and the model's is [384, 16]"),
         (_edit("config.json", num_hidden_layers=3),
-         "has model.layers.3.input_layernorm.weight, model.layers.3.mlp.down_proj.weight"),
+         "a LLaMA of this shape has not: model.layers.3.input_layernorm.weight, model.layers.3"),
         (_edit("config.json", num_key_value_heads=4),
-         "self_attn.k_proj.weight has the shape [8, 16], and the model's is [16, 16]"),
+         "self_attn.k_proj.weight is [8, 16] there, and the model's is [16, 16]"),
         (_edit("config.json", torch_dtype="float32"),
          "config.json: states the type float32, and lm_head.weight, model.embed_tokens.weight"),
         (_edit("config.json", tie_word_embeddings=True),
@@ -289,8 +300,8 @@ def _longer_vocabulary(folder: Path) -> None:
         (_retype, "config.json: states the type bfloat16, and model.embed_tokens.weight are in "
                   "float32"),
         (_poison, "model.layers.1.mlp.gate_proj.weight holds inf at [5, 7]"),
-        (_drop_from_index, f"{MIDDLE}: has model.norm.weight, which the index does not state"),
-        (_drop_from_file, f"{MIDDLE}: lacks model.norm.weight, which the index states"),
+        (_drop_from_index, f"index.json: does not name model.norm.weight, which {MIDDLE} holds"),
+        (_drop_from_file, f"index.json: says that model.norm.weight is in {MIDDLE}, and it is not"),
         (lambda folder: (folder / LAST).unlink(), f"{LAST}: is missing"),
     ],
     ids=["vocabulary", "layers", "groups", "type", "tied", "eos", "pad", "bos", "tokenizer",

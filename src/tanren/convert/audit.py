@@ -2,19 +2,16 @@
 
 Names, shapes and types of all tensors, every element finite, the padding of the vocabulary gone (in
 a Hugging Face folder) or zero (under megatron-core's names), config.json and the tokenizer true of
-the tensors. A converter hands each tensor to a `Check` on its way, so that values are read once;
-`check_hf` and `check_tensors` read a result that is there.
+the tensors. What a writer reads it reads through `passing`, so that values are looked at once, on
+their way; `check_hf` and `check_tensors` read a result that is there.
 """
 
 from __future__ import annotations
 
-import itertools
-import os
-import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +19,15 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 import torch
-from safetensors import safe_open
 
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
 from tanren.convert import hf, llama
-from tanren.convert.tensors import Stored, Tensors
+from tanren.convert.tensors import Stored, Tensors, each, listed, rows
 from tanren.data import tokenizer as tokenizers
 
-Shapes = Mapping[str, tuple[int, ...]]
-Named = tuple[str, torch.Tensor]
+# Threads that look through a result; numpy and page faults let go of Python's lock.
+THREADS = 4
 # Elements looked at a time: in a core's cache, so that the second look costs no memory traffic.
 _CHUNK = 2**20
 # The bits of infinity. All that is above it is no number, with the sign bit as without.
@@ -42,66 +38,8 @@ _INFINITY: dict[torch.dtype, tuple[Any, Any, int]] = {
     torch.float64: (np.int64, np.uint64, 0x7FF0000000000000),
 }
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 _PADDED = frozenset({"embedding.word_embeddings.weight", "output_layer.weight"})
 _NOT_TOGETHER = "the config.json and the tensors of the model do not belong together"
-
-
-def hf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the Hugging Face model, without the padding of the vocabulary."""
-    found: dict[str, tuple[int, ...]] = {}
-    for entry in llama.table(model):
-        parts = entry.split(model, torch.empty(entry.shape, device="meta"))
-        for layer in range(model.layers) if entry.stacked else range(1):
-            for name, part in zip(entry.hf, parts, strict=True):
-                found[name.format(layer=layer)] = tuple(part.shape)
-    return found
-
-
-def mcore_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Every tensor under megatron-core's names, those of the decoder's layers stacked."""
-    return {
-        entry.mcore: (model.layers, *entry.shape) if entry.stacked else entry.shape
-        for entry in llama.table(model)
-    }
-
-
-def check_names(wanted: Shapes, there: Shapes, place: object) -> None:
-    """Refuse tensors that lack, are too many or have another shape; all of them are named."""
-    problems = []
-    if missing := wanted.keys() - there.keys():
-        problems.append(f"lacks {listed(missing)}")
-    if surplus := there.keys() - wanted.keys():
-        problems.append(f"has {listed(surplus)}, which a model of this shape has not")
-    problems += [
-        f"{name} has the shape {list(there[name])}, and the model's is {list(wanted[name])}"
-        for name in wanted
-        if name in there and tuple(there[name]) != tuple(wanted[name])
-    ][:5]
-    if problems:
-        raise RequestError(place, "; ".join(problems), _NOT_TOGETHER)
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names of tensors for people: `model.layers.{0-3,7}.mlp.up_proj.weight, lm_head.weight`."""
-    layers: dict[str, list[int]] = {}
-    for name in sorted(names):
-        numbers = layers.setdefault(_LAYER.sub("{}", name, count=1), [])
-        numbers += map(int, _LAYER.findall(name)[:1])
-    return ", ".join(
-        pattern.replace("{}", str(numbers[0]) if len(numbers) == 1 else f"{{{_ranges(numbers)}}}")
-        for pattern, numbers in layers.items()
-    )
-
-
-def _ranges(numbers: list[int]) -> str:
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def first_not_finite(tensor: torch.Tensor) -> tuple[int, ...] | None:
@@ -125,107 +63,82 @@ def first_not_finite(tensor: torch.Tensor) -> tuple[int, ...] | None:
     return None
 
 
-def check_finite(name: str, tensor: torch.Tensor, place: object) -> None:
-    """Refuse a tensor that holds a NaN or an infinity, and say where."""
-    where = first_not_finite(tensor)
+def check_finite(name: str, values: torch.Tensor, place: object, start: int = 0) -> None:
+    """Refuse a tensor that holds a NaN or an infinity, and say where.
+
+    Args:
+        start: of the whole tensor, the row that these begin with.
+    """
+    where = first_not_finite(values)
     if where is not None:
+        index = [where[0] + start, *where[1:]]
         raise RequestError(
             place,
-            f"{name} holds {float(tensor[where])} at {list(where)}",
+            f"{name} holds {float(values[where])} at {index}",
             "the weights are damaged, or their training had diverged: take a checkpoint from "
             "before that",
         )
 
 
-@dataclass
-class Check:
-    """What a result's tensors have to be, held against each of them as it passes by.
-
-    Threads may share one. Each tensor of `shapes` is added once, whole, or, where it is stacked
-    over the layers, one layer at a time.
+@contextmanager
+def passing(
+    tensors: Tensors, wanted: Mapping[str, tuple[int, ...]], place: object,
+    *, vocabulary: int | None = None,
+) -> Iterator[Tensors]:  # fmt: skip
+    """Tensors for a writer, who takes each of them once, whole or by rows; they are looked at then.
 
     Args:
-        shapes: what there has to be, see `hf_shapes` and `mcore_shapes`.
+        wanted: what there has to be, `llama.hf_shapes` or `llama.mcore_shapes`.
         place: the file or folder that a person would look into.
-        vocabulary: rows from here on of the tensors in `padded` have to be zero.
+        vocabulary: rows of embedding and head from here on are padding.
+    Raises:
+        RequestError: there are other tensors, or one holds what is not finite, or padding that is
+            not zero.
     """
+    llama.check_tensors(tensors.stored, wanted, place, strict=True)
+    passed = _Passing(tensors, place, vocabulary)
+    yield passed
+    passed.finish()
 
-    shapes: Shapes
-    place: object
-    vocabulary: int = 0
-    padded: frozenset[str] = frozenset()
-    _seen: dict[str, set[int]] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    @classmethod
-    def of_hf(cls, model: Model, place: object) -> Check:
-        """For tensors on their way into a Hugging Face folder."""
-        return cls(hf_shapes(model), place)
+class _Passing:
+    def __init__(self, tensors: Tensors, place: object, vocabulary: int | None) -> None:
+        self._tensors, self._place, self._vocabulary = tensors, place, vocabulary
+        self.stored = tensors.stored
+        self._seen: Counter[tuple[str, int | None]] = Counter()
+        self._lock = threading.Lock()
 
-    @classmethod
-    def of_mcore(cls, model: Model, place: object) -> Check:
-        """For tensors on their way into a checkpoint under megatron-core's names."""
-        return cls(mcore_shapes(model), place, model.vocabulary_size, _PADDED)
+    def read(self, name: str, layer: int | None = None) -> torch.Tensor:
+        return self._look(name, layer, 0, self._tensors.read(name, layer))
 
-    def add(self, name: str, tensor: torch.Tensor, layer: int | None = None) -> None:
-        """Look at one tensor, or at one layer of a stacked one.
+    def rows(self, name: str, layer: int | None, start: int, stop: int) -> torch.Tensor:
+        return self._look(name, layer, start, rows(self._tensors, name, layer, start, stop))
 
-        Raises:
-            RequestError: it is not of the model, it has another shape, is there twice, or holds
-                what is not finite, or padding that is not zero.
-        """
-        self._note(name, tensor, layer)
+    def _look(self, name: str, layer: int | None, start: int, values: torch.Tensor) -> torch.Tensor:
         shown = name if layer is None else f"{name} of layer {layer}"
-        check_finite(shown, tensor, self.place)
-        if name in self.padded and tensor[self.vocabulary :].any():
-            raise RequestError(
-                self.place,
-                f"{shown} is not zero in its rows from {self.vocabulary} on, which pad the "
-                "vocabulary",
-                "the vocabulary is larger than the config.json states, or rows were mixed up",
-            )
-
-    def through(self, tensors: Iterable[Named]) -> Iterator[Named]:
-        """The same tensors, each looked at as it passes by; at the end all have to be there."""
-        for name, tensor in tensors:
-            self.add(name, tensor)
-            yield name, tensor
-        self.finish()
-
-    def _note(self, name: str, tensor: torch.Tensor, layer: int | None) -> None:
-        wanted = self.shapes.get(name)
-        if wanted is None:
-            check_names(self.shapes, {**self.shapes, name: tuple(tensor.shape)}, self.place)
-        assert wanted is not None
-        if layer is None:
-            layers, shape = {-1}, wanted
-        else:
-            assert 0 <= layer < wanted[0], (name, layer)
-            layers, shape = {layer}, wanted[1:]
-        if tuple(tensor.shape) != shape:
-            shown = name if layer is None else f"{name} of layer {layer}"
-            raise RequestError(
-                self.place,
-                f"{shown} has the shape {list(tensor.shape)}, and the model's is {list(shape)}",
-                _NOT_TOGETHER,
-            )
+        values = values.contiguous()
+        check_finite(shown, values, self._place, start)
+        if self._vocabulary is not None and name in _PADDED:
+            padding = values[max(self._vocabulary - start, 0) :]
+            if padding.count_nonzero():
+                raise RequestError(
+                    self._place,
+                    f"{shown} is not zero in its rows from {self._vocabulary} on, which pad the "
+                    "vocabulary",
+                    "the vocabulary is larger than is stated, or rows were mixed up",
+                )
         with self._lock:
-            seen = self._seen.setdefault(name, set())
-            assert not layers & seen, f"{name} came twice"
-            seen |= layers
+            self._seen[name, layer] += values.numel()
+        return values
 
     def finish(self) -> None:
-        """Refuse the result when a tensor, or a layer of one, did not come."""
-        missing = []
-        for name, shape in self.shapes.items():
-            seen = self._seen.get(name, set())
-            if not seen:
-                missing.append(name)
-            elif -1 not in seen and len(seen) < shape[0]:
-                absent = sorted(set(range(shape[0])) - seen)
-                missing.append(f"{name} of layers {_ranges(absent)}")
-        if missing:
-            raise RequestError(self.place, f"lacks {listed(missing)}", _NOT_TOGETHER)
+        """Make sure that the writer took all there is."""
+        for name, stored in self.stored.items():
+            elements = torch.Size(stored.shape).numel()
+            if self._seen[name, None] == elements:
+                continue
+            layers = {self._seen[name, layer] * stored.shape[0] for layer in range(stored.shape[0])}
+            assert layers == {elements}, f"{name} was not written whole"
 
 
 def check_tensors(
@@ -234,29 +147,22 @@ def check_tensors(
     """Read a whole checkpoint under megatron-core's names and refuse what is not right with it.
 
     Args:
-        tokenizer: the folder of the tokenizer that goes with it.
+        tokenizer: the tokenizer that goes with it, a folder or a SentencePiece model.
     """
-    check_names(
-        mcore_shapes(model),
-        {name: stored.shape for name, stored in tensors.stored.items()},
-        place,
-    )
-    check = Check.of_mcore(model, place)
-
-    def look(name: str, layer: int | None) -> None:
-        check.add(name, tensors.read(name, layer), layer)
-
-    _in_threads(
-        look,
-        [
+    shapes = llama.mcore_shapes(model)
+    with passing(tensors, shapes, place, vocabulary=model.vocabulary_size) as passed:
+        parts = [
             (entry.mcore, layer)
             for entry in llama.table(model)
             for layer in (range(model.layers) if entry.stacked else (None,))
-        ],
-    )
-    check.finish()
+        ]
+        each(lambda part: _drop(passed.read(*part)), parts, THREADS)
     if tokenizer is not None:
         check_tokenizer(tokenizer, model.vocabulary_size, place)
+
+
+def _drop(tensor: torch.Tensor) -> None:
+    """What was looked at is not kept until the others have been."""
 
 
 def check_hf(
@@ -282,25 +188,18 @@ def check_hf(
             config_place, f"does not state the shape of the tensors: {'; '.join(differing)}",
             "mend the config.json of the model that it was taken from",
         )  # fmt: skip
-    files = _headers(folder, place)
-    stored = {name: one for headers in files.values() for name, one in headers.items()}
-    wanted = hf_shapes(there)
-    # Some programs write the tied head as well; then it has to be the embedding.
-    if there.tied_embeddings and "lm_head.weight" in stored:
-        wanted["lm_head.weight"] = wanted["model.embed_tokens.weight"]
-        check_tied(folder, place)
-    check_names(wanted, {name: one.shape for name, one in stored.items()}, place)
-    _check_types(config, stored, config_place)
-    if values:
-        check = Check(wanted, place)
-        for file in files:
-            # A file at a time: what is memory-mapped counts as this process's memory.
-            with safe_open(file, framework="pt") as opened:
-                _in_threads(
-                    lambda name, opened=opened: check.add(name, opened.get_tensor(name)),
-                    [(name,) for name in files[file]],
-                )
-        check.finish()
+    wanted = llama.hf_shapes(there)
+    with hf.open_model(folder) as tensors:
+        # Some programs write the tied head as well; then it has to be the embedding.
+        if there.tied_embeddings and "lm_head.weight" in tensors.stored:
+            check_tied(tensors, place)
+            wanted["lm_head.weight"] = wanted["model.embed_tokens.weight"]
+        _check_types(config, tensors.stored, config_place)
+        if values:
+            with passing(tensors, wanted, place) as passed:
+                each(lambda name: _drop(passed.read(name)), wanted, THREADS)
+        else:
+            llama.check_tensors(tensors.stored, wanted, place, strict=True)
     for file_name in ("config.json", "generation_config.json"):
         _check_ids(folder / file_name, there.vocabulary_size, f"{place}/{file_name}")
     if tokenizers.is_there(folder):
@@ -308,19 +207,18 @@ def check_hf(
     return there
 
 
-def check_tied(folder: Path, place: object) -> None:
+def check_tied(tensors: Tensors, place: object) -> None:
     """Refuse a head of its own in a folder whose config.json says that it is the embedding."""
-    with hf.reader(folder) as read:
-        head, embedding = read("lm_head.weight"), read("model.embed_tokens.weight")
-        # Of bits, so that a NaN is not what they differ in.
-        same = head.shape == embedding.shape and head.dtype == embedding.dtype
-        if not (same and torch.equal(head.view(torch.uint8), embedding.view(torch.uint8))):
-            raise RequestError(
-                place,
-                "lm_head.weight is not model.embed_tokens.weight, and config.json states "
-                "tie_word_embeddings",
-                "set tie_word_embeddings to false in its config.json, or drop lm_head.weight",
-            )
+    head, embedding = tensors.read("lm_head.weight"), tensors.read("model.embed_tokens.weight")
+    same = head.shape == embedding.shape and head.dtype == embedding.dtype
+    # Of bits, so that a NaN is not what they differ in.
+    if not (same and torch.equal(head.view(torch.uint8), embedding.view(torch.uint8))):
+        raise RequestError(
+            place,
+            "lm_head.weight is not model.embed_tokens.weight, and config.json states "
+            "tie_word_embeddings",
+            "set tie_word_embeddings to false in its config.json, or drop lm_head.weight",
+        )
 
 
 def check_tokenizer(tokenizer: Path, rows: int, place: object) -> None:
@@ -332,31 +230,6 @@ def check_tokenizer(tokenizer: Path, rows: int, place: object) -> None:
             f"the embedding has {rows} rows, and the tokenizer's largest id is {largest}",
             "use the tokenizer that the model was trained with",
         )
-
-
-def _headers(folder: Path, place: object) -> dict[Path, dict[str, Stored]]:
-    """What each file of tensors holds, once the index and the files agree."""
-    with hf.reader(folder) as read:
-        found: dict[Path, dict[str, Stored]] = {}
-        for file in sorted(set(read.files.values())):
-            # By way of the reader, which says what is wrong with a file that cannot be opened.
-            opened = read._handle(file)
-            found[file] = {}
-            for name in opened.keys():  # noqa: SIM118
-                one = opened.get_slice(name)
-                found[file][name] = Stored(tuple(one.get_shape()), opened.get_tensor(name).dtype)
-            listed_here = {name for name, where in read.files.items() if where == file}
-            if lacking := listed_here - found[file].keys():
-                raise RequestError(
-                    f"{place}/{file.name}", f"lacks {listed(lacking)}, which the index states",
-                    "the files are of two models: fetch or write the folder again",
-                )  # fmt: skip
-            if hidden := found[file].keys() - listed_here:
-                raise RequestError(
-                    f"{place}/{file.name}", f"has {listed(hidden)}, which the index does not state",
-                    "the files are of two models: fetch or write the folder again",
-                )  # fmt: skip
-        return found
 
 
 def _check_types(config: dict[str, Any], stored: Mapping[str, Stored], place: object) -> None:
@@ -387,14 +260,3 @@ def _check_ids(path: Path, rows: int, place: object) -> None:
                     place, f"{key} is {number!r}, and the embedding has {rows} rows",
                     "state an id that the tokenizer has",
                 )  # fmt: skip
-
-
-def _in_threads(look: Callable[..., None], given: Iterable[tuple[Any, ...]]) -> None:
-    """Call for each; the first error ends it. numpy and page faults let go of Python's lock."""
-    threads = min(8, len(os.sched_getaffinity(0)))
-    work = iter(given)
-    with ThreadPoolExecutor(threads) as pool:
-        # A few at a time, so that an error is not followed by all that was asked for.
-        while batch := list(itertools.islice(work, 4 * threads)):
-            for done in [pool.submit(look, *one) for one in batch]:
-                done.result()

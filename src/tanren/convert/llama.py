@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from tanren.config.errors import RequestError
 from tanren.config.model import Model, RopeScaling
-from tanren.convert.tensors import Stored, Tensors, rows
+from tanren.convert.tensors import Stored, Tensors, listed, rows
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,13 @@ def _parts(model: Model, entry: Entry) -> list[tuple[int, ...]]:
 
 
 def check_tensors(
-    stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], place: object
-) -> None:
+    stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], place: object,
+    *, strict: bool = False,
+) -> None:  # fmt: skip
     """Refuse tensors that are not those of the model, each of them named.
 
+    Args:
+        strict: of a result; what others write besides is surplus then.
     Raises:
         RequestError: some are missing, there are others, or one has another shape.
     """
@@ -157,19 +160,18 @@ def check_tensors(
         name
         for name in stored
         if name not in wanted
-        and not name.endswith("rotary_emb.inv_freq")
-        and name != "lm_head.weight"
+        and (strict or not name.endswith(("rotary_emb.inv_freq", "lm_head.weight")))
     ]
     if missing:
         raise RequestError(
             place,
-            f"holds no tensor {_some(missing)}",
+            f"holds no tensor {listed(missing)}",
             "the shape that is stated and the tensors do not belong together",
         )
     if surplus:
         raise RequestError(
             place,
-            f"holds tensors that a LLaMA of this shape has not: {_some(surplus)}",
+            f"holds tensors that a LLaMA of this shape has not: {listed(surplus)}",
             "is it another architecture, or are there more layers than is stated?",
         )
     other = [
@@ -180,15 +182,9 @@ def check_tensors(
     if other:
         raise RequestError(
             place,
-            _some(other, "; "),
+            "; ".join(other[:5]) + (f"; and {len(other) - 5} more" if len(other) > 5 else ""),
             "the shape that is stated and the tensors do not belong together",
         )
-
-
-def _some(names: list[str], between: str = ", ") -> str:
-    """The first of them, and how many more there are."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return between.join(names[:5]) + more
 
 
 def to_mcore(model: Model, tensors: Tensors, place: object = "the base") -> Tensors:

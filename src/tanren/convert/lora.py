@@ -22,7 +22,7 @@ from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
 from tanren.config.training import Lora, LoraLinear
-from tanren.convert import llama, safetensors
+from tanren.convert import audit, llama, safetensors
 from tanren.convert.tensors import Held, Tensors, rows
 from tanren.data import tokenizer as tokenizers
 
@@ -145,6 +145,8 @@ def write_peft(
     }
     with runs.whole_folder(folder) as partial:
         matrices = Held(dict(to_peft(model, tensors, lora)))
+        for name in matrices.stored:
+            audit.check_finite(name, matrices.read(name), folder)
         safetensors.write({partial / "adapter_model.safetensors": list(matrices.stored)}, matrices)
         (partial / "adapter_config.json").write_bytes(
             orjson.dumps(config, option=orjson.OPT_INDENT_2)

@@ -11,7 +11,7 @@ import torch
 from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
-from tanren.convert import llama, torch_dist
+from tanren.convert import audit, llama, torch_dist
 from tanren.convert.tensors import Tensors
 
 FORMAT = b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
@@ -20,15 +20,22 @@ FORMAT += b'"common_backend": "torch", "common_backend_version": 1}'
 _OPTIMIZER = ("optimizer.", "chained_")
 
 
-def write_base(model: Model, tensors: Tensors, checkpoint: Path, *, iteration: int = 0) -> None:
+def write_base(
+    model: Model, tensors: Tensors, checkpoint: Path, *, iteration: int = 0, place: object = None
+) -> None:
     """Write a weights-only checkpoint that any layout loads.
 
     Args:
         tensors: under megatron-core's names (`llama.to_mcore`).
-        checkpoint: the final folder; it appears when it is whole.
+        checkpoint: the final folder; it appears when it is whole, and has passed the gate.
+        place: where the tensors come from, for errors; None for the checkpoint.
     """
+    shapes = llama.mcore_shapes(model)
     with runs.whole_folder(checkpoint) as partial:
-        torch_dist.write(partial, tensors)
+        with audit.passing(
+            tensors, shapes, place or checkpoint, vocabulary=model.vocabulary_size
+        ) as passed:
+            torch_dist.write(partial, passed)
         common = {
             "iteration": iteration,
             "checkpoint_version": 3.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -85,6 +86,7 @@ class Cast:
         return rows(self._tensors, name, layer, start, stop).to(self.stored[name].dtype)
 
 
+_LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -98,3 +100,25 @@ def each(function: Callable[[Item], Result], items: Iterable[Item], threads: int
         finally:
             for one in waiting:
                 one.cancel()
+
+
+def listed(names: Iterable[str]) -> str:
+    """All of these names for people: `lm_head.weight, model.layers.{0-3,7}.mlp.up_proj.weight`."""
+    layers: dict[str, list[int]] = {}
+    for name in sorted(names):
+        numbers = layers.setdefault(_LAYER.sub("{}", name, count=1), [])
+        numbers += map(int, _LAYER.findall(name)[:1])
+    return ", ".join(
+        pattern.replace("{}", str(numbers[0]) if len(numbers) == 1 else f"{{{_ranges(numbers)}}}")
+        for pattern, numbers in layers.items()
+    )
+
+
+def _ranges(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -8,7 +8,7 @@ from pathlib import Path
 from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
-from tanren.convert import hf, llama, mcore
+from tanren.convert import audit, hf, llama, mcore
 from tanren.data import tokenizer as tokenizers
 from tanren.plan.checks import check_vocabulary
 from tanren.plan.plan import ConvertPlan, digest
@@ -51,7 +51,11 @@ def convert_base(base: Path, model: Model, checkpoint: Path, recipe_file: str) -
     there = llama.model_of(hf.read_config(base), config)
     llama.check_same_shape(model, there, f"{recipe_file}: model", base)
     with hf.open_model(base) as tensors:
-        mcore.write_base(model, llama.to_mcore(model, tensors, base), checkpoint)
+        if model.tied_embeddings and "lm_head.weight" in tensors.stored:
+            audit.check_tied(tensors, base)
+        if tokenizers.is_there(base):
+            audit.check_tokenizer(base, model.vocabulary_size, base)
+        mcore.write_base(model, llama.to_mcore(model, tensors, base), checkpoint, place=base)
 
 
 def check_tokenizers(

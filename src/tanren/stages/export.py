@@ -13,7 +13,7 @@ from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
 from tanren.config.training import Lora
-from tanren.convert import hf, llama, mcore
+from tanren.convert import audit, hf, llama, mcore
 from tanren.convert import lora as adapters
 from tanren.convert.tensors import Cast, Tensors
 from tanren.data import template
@@ -112,9 +112,12 @@ def write(
 ) -> None:
     """Write a Hugging Face folder from megatron-core tensors; it appears when it is whole."""
     with runs.whole_folder(folder) as partial:
-        hf.write_tensors(partial, Cast(llama.to_hf(model, tensors), dtype))
+        cast = Cast(llama.to_hf(model, tensors), dtype)
+        with audit.passing(cast, llama.hf_shapes(model), folder) as passed:
+            hf.write_tensors(partial, passed)
         hf.write_settings(partial, model, dtype, tokenizer, base, end_ids)
         template.make_fast(partial)
+        audit.check_hf(partial, model, values=False, place=folder)
 
 
 def _write_peft(

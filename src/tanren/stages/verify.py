@@ -20,7 +20,7 @@ from tanren.config.errors import RequestError, WorkError
 from tanren.config.model import Model
 from tanren.config.training import Layout
 from tanren.convert import hf
-from tanren.convert.tensors import Tensors
+from tanren.convert.tensors import Tensors, rows
 from tanren.data import tokenizer as tokenizers
 
 # Of the length of a token's vector. Layouts of one model differ by less than 1e-5 in fp32.
@@ -32,7 +32,8 @@ _BLOCK = 16384
 _FARTHEST = 8192
 _TEXT = (
     "The smith folds the steel twelve times, and it holds. 吾輩は猫である。名前はまだ無い。"
-    "def f(x):\n    return x ** 2  # 二乗\n鍛錬とは千日の稽古を鍛とし、万日の稽古を錬とすることである。"
+    "def f(x):\n    return x ** 2  # 二乗\n"
+    "鍛錬とは千日の稽古を鍛とし、万日の稽古を錬とすることである。"
 )
 
 
@@ -108,7 +109,7 @@ def verify(
         RequestError: the two have no forward pass in common (other numbers of layers, a tensor
             lacks).
     """
-    with hf.reader(folder) as read:
+    with hf.open_model(folder) as read:
         one = Transformers(folder, read, positions(len(ids), model))
         other = Megatron(model, tensors, positions(len(ids), model))
         return compare(one, other, ids, place, tolerance=tolerance, watch=watch)
@@ -120,7 +121,7 @@ def verify_hf(
 ) -> Report:  # fmt: skip
     """Compare two Hugging Face folders; see `verify`."""
     at = positions(len(ids), model)
-    with hf.reader(folder) as read, hf.reader(other) as read_other:
+    with hf.open_model(folder) as read, hf.open_model(other) as read_other:
         return compare(
             Transformers(folder, read, at), Transformers(other, read_other, at), ids, place,
             tolerance=tolerance, watch=watch,
@@ -175,9 +176,7 @@ def ids_for(tokenizer: Path | None, model: Model, count: int = TOKENS) -> list[i
         ids = [*([] if read.bos is None else [read.bos]), *read.encode([_TEXT])[0].tolist()]
         return [one for one in ids if one < model.vocabulary_size][:count]
     generator = torch.Generator().manual_seed(0)
-    drawn: list[int] = torch.randint(
-        model.vocabulary_size, (count,), generator=generator
-    ).tolist()
+    drawn: list[int] = torch.randint(model.vocabulary_size, (count,), generator=generator).tolist()
     return drawn
 
 
@@ -228,10 +227,10 @@ def _relative(apart: torch.Tensor, length: torch.Tensor) -> float:
 class Transformers:
     """A Hugging Face folder, by the modules that transformers makes of its config.json."""
 
-    def __init__(self, folder: Path, read: Any, at: torch.Tensor) -> None:
+    def __init__(self, folder: Path, tensors: Tensors, at: torch.Tensor) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self._read = read
+        self._tensors = tensors
         config = AutoConfig.from_pretrained(folder)
         # The modules alone: a meta device gives them no memory.
         with torch.device("meta"):
@@ -240,9 +239,7 @@ class Transformers:
         core = self._model.model
         self.layers, self.hidden = len(core.layers), int(config.hidden_size)
         self.vocabulary = int(config.vocab_size)
-        self._head = (
-            "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-        )
+        self._head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         self._at = at[None]
         rotary = type(core.rotary_emb)(config)
         self._rotary = rotary(torch.zeros(1, dtype=torch.float32), self._at)
@@ -250,13 +247,12 @@ class Transformers:
         self._mask = torch.full((count, count), torch.finfo(torch.float32).min).triu(1)[None, None]
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        embedding: torch.Tensor = self._read("model.embed_tokens.weight")
-        return embedding[ids].float()
+        return self._tensors.read("model.embed_tokens.weight")[ids].float()
 
     def layer(self, number: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         module = self._model.model.layers[number]
         prefix = f"model.layers.{number}."
-        weights = {name: self._read(prefix + name).float() for name in module.state_dict()}
+        weights = {name: self._tensors.read(prefix + name).float() for name in module.state_dict()}
         module.load_state_dict(weights, assign=True)
         attended: list[torch.Tensor] = []
         hook = module.post_attention_layernorm.register_forward_pre_hook(
@@ -274,12 +270,14 @@ class Transformers:
 
     def norm(self, hidden: torch.Tensor) -> torch.Tensor:
         module = self._model.model.norm
-        module.load_state_dict({"weight": self._read("model.norm.weight").float()}, assign=True)
+        module.load_state_dict(
+            {"weight": self._tensors.read("model.norm.weight").float()}, assign=True
+        )
         result: torch.Tensor = module(hidden)
         return result
 
     def logits(self, hidden: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        return F.linear(hidden, self._read(self._head)[start:stop].float())
+        return F.linear(hidden, rows(self._tensors, self._head, None, start, stop).float())
 
 
 class Megatron:
@@ -309,7 +307,7 @@ class Megatron:
         # One layer, which is each of the model's in turn.
         self._layer: Any = build_module(spec, config=config, layer_number=1)
         self._layer.eval()
-        self._names = spec.submodules.sharded_state_dict_keys_map
+        self._names: dict[str, str] = spec.submodules.sharded_state_dict_keys_map
         self._norm = cpu.RMSNorm(config, model.hidden_size, model.norm_epsilon)
         rotary = RotaryEmbedding(
             model.head_width, 1.0, rotary_base=model.rotary_base, use_cpu_initialization=True
@@ -337,7 +335,7 @@ class Megatron:
         return result
 
     def logits(self, hidden: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        return F.linear(hidden, self._tensors.read(self._head)[start:stop].float())
+        return F.linear(hidden, rows(self._tensors, self._head, None, start, stop).float())
 
     def _stored(self, name: str) -> str:
         """What a checkpoint calls a parameter: the local layers' norms stand on their own."""
