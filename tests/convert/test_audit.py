@@ -317,6 +317,23 @@ def test_what_is_wrong_with_a_folder_is_named(
     assert problem in text
 
 
+def test_without_values_the_headers_are_looked_at_alone(tmp_path: Path, tokenizer: Path) -> None:
+    folder = write(tmp_path / "model", tokenizer)
+    _poison(folder)
+    audit.check_hf(folder, values=False)
+    _edit("config.json", num_hidden_layers=3)(folder)
+    text = refusal(lambda: audit.check_hf(folder, values=False))
+    assert "a LLaMA of this shape has not: model.layers.3.input_layernorm.weight" in text
+
+
+def test_a_checkpoint_whose_tokenizer_is_too_large_is_refused(tokenizer: Path) -> None:
+    small = SHAPE.model_copy(update={"vocabulary_size": 264})
+    there = Held(plain(small))
+    text = refusal(lambda: audit.check_tensors(small, there, "/checkpoint", tokenizer=tokenizer))
+    assert text == "/checkpoint: the embedding has 264 rows, and the tokenizer's largest id is 264"
+    audit.check_tensors(small, there, "/checkpoint")
+
+
 def test_a_config_of_another_model_is_refused_though_every_tensor_fits(
     tmp_path: Path, tokenizer: Path
 ) -> None:
