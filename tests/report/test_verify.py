@@ -27,7 +27,7 @@ def test_a_layer_is_a_line_with_the_larger_differences() -> None:
     text = printed([
         ("embedding", 0.0, 0.0), ("layer 0 attention", 3e-6, 2e-7), ("layer 0 MLP", 1e-6, 4e-7),
         ("layer 10 attention", 1e-6, 1e-7), ("layer 10 MLP", 2e-6, 9e-8),
-        ("final norm", 1e-6, 1e-6), ("logits", 1.25e-5, 1.9e-6),
+        ("final norm", 1e-6, 1e-6), ("logits", 1.2e-5, 1.9e-6),
     ])  # fmt: skip
     assert text == (
         "               largest  relative\n"
