@@ -62,14 +62,14 @@ def test_a_submission_has_its_lock_with_each_file_of_the_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     given: list[object] = []
-    run = submission.programs.run_builder
+    run = building.run_builder
 
     def watch(client, image, values, binds, *rest):  # type: ignore[no-untyped-def]
         settings = orjson.loads((binds[1][0] / "answer.json").read_bytes())
         given.extend([values, [place for _, place in binds], settings])
         run(client, image, values, binds, *rest)
 
-    monkeypatch.setattr(submission.programs, "run_builder", watch)
+    monkeypatch.setattr(building, "run_builder", watch)
     target = model.parents[1] / "submission" / "iter_0000004.sif"
     lock = submission.build(model, target, base, Settings(max_tokens=5), builder, places, quiet)
     values, binds, settings = given

@@ -11,7 +11,9 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tanren import runs
 from tanren.config.errors import RequestError, WorkError
@@ -74,40 +76,62 @@ def build(image: Image, builder: Builder, places: Places, report: Report) -> tup
         log.write_bytes(b"")
         report("fetching packages")
         wheels = _wheels(versions, places, log)
-        partial = places.images / f".{target.name}.{os.getpid()}.partial"
-        began = time.monotonic()
         scratch.mkdir(parents=True)
-        try:
-            commit = commit_of(image)
-            values = _values(image, base, commit, places)
-            with tool(builder, places, scratch) as client:
-                binds = ((wheels, WHEELS_IN_BUILD), (repository(), REPOSITORY_IN_BUILD))
-                run_builder(client, image, values, binds, partial, places, log, report)
-                sif.fix_header(partial)
-                packages = packages_of(client, partial)
-                labels = labels_of(client, partial)
-            if labels.get("definition") != definition_digest(image):
-                raise WorkError(partial, f"carries other labels than it was built with: {labels}")
-            lock = Lock(
-                image=image.name,
-                sha256=sif.sha256(partial),
-                bytes=partial.stat().st_size,
-                base=base,
-                definition=labels["definition"],
-                commit=commit,
-                builder=builder.version,
-                built=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                seconds=round(time.monotonic() - began, 1),
-                python=packages["python"],
-                system=packages["system"],
-            )
-            lock_file(target).unlink(missing_ok=True)
-            os.replace(partial, target)
-            write_lock(target, lock)
-        finally:
-            partial.unlink(missing_ok=True)
-            shutil.rmtree(scratch, ignore_errors=True)
+        commit = commit_of(image)
+        binds = ((wheels, WHEELS_IN_BUILD), (repository(), REPOSITORY_IN_BUILD))
+        lock = publish(
+            image, _values(image, base, commit, places), binds, base, commit, target,
+            builder, places, scratch, log, report,
+        )  # fmt: skip
     return lock, _notes(image, versions, before, lock)
+
+
+def publish(
+    image: Image, values: dict[str, str], binds: Sequence[tuple[Path, str]], base: Base,
+    commit: Commit, target: Path, builder: Builder, places: Places, scratch: Path, log: Path,
+    report: Report, **model: Any,
+) -> Lock:  # fmt: skip
+    """Build beside the target, look at what was built, and give it its name and its lock.
+
+    Args:
+        values: of the definition's arguments.
+        scratch: exists; it is removed, however the build ends.
+        model: what a submission's lock says of the model in it.
+    Raises:
+        WorkError: the build failed; no image is left.
+    """
+    partial = target.parent / f".{target.name}.{os.getpid()}.partial"
+    began = time.monotonic()
+    wanted = {"definition": values["DEFINITION"], "model-digest": values.get("MODEL_DIGEST")}
+    try:
+        with tool(builder, places, scratch) as client:
+            run_builder(client, image, values, binds, partial, places, log, report)
+            sif.fix_header(partial)
+            packages = packages_of(client, partial)
+            labels = labels_of(client, partial)
+        if any(labels.get(key) != value for key, value in wanted.items()):
+            raise WorkError(partial, f"carries other labels than it was built with: {labels}")
+        lock = Lock(
+            image=image.name,
+            sha256=sif.sha256(partial),
+            bytes=partial.stat().st_size,
+            base=base,
+            definition=values["DEFINITION"],
+            commit=commit,
+            builder=builder.version,
+            built=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            seconds=round(time.monotonic() - began, 1),
+            python=packages["python"],
+            system=packages["system"],
+            **model,
+        )
+        lock_file(target).unlink(missing_ok=True)
+        os.replace(partial, target)
+        write_lock(target, lock)
+    finally:
+        partial.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+    return lock
 
 
 def info(sif_file: Path, builder: Builder, scratch: Path) -> tuple[Lock, dict[str, str]]:

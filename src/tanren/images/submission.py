@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,15 +16,14 @@ import orjson
 from pydantic import Field
 
 from tanren import runs
-from tanren.config.errors import RequestError, WorkError
+from tanren.config.errors import RequestError
 from tanren.config.fields import Strict
 from tanren.config.load import repository
 from tanren.images import build as building
-from tanren.images import builder as programs
 from tanren.images import sif
 from tanren.images.builder import Builder, Places, Report
 from tanren.images.definition import IMAGES, Image, read_versions, source_files
-from tanren.images.lock import Base, Lock, check_definition, image_file, lock_file, write_lock
+from tanren.images.lock import Base, Lock, check_definition, image_file
 
 IMAGE = Image("submission", "an exported model and the program that answers with it")
 BASES = tuple(image.name for image in IMAGES.values() if image.engine)
@@ -111,8 +108,6 @@ def build(
         model_digest = hashlib.sha256(orjson.dumps(files)).hexdigest()
         log = target.with_suffix(".build.log")
         log.write_bytes(b"")
-        partial = target.parent / f".{target.name}.{os.getpid()}.partial"
-        began = time.monotonic()
         commit = building.commit_of(IMAGE)
         values = {
             "FROM": str(base_file),
@@ -127,36 +122,11 @@ def build(
         own.mkdir(parents=True)
         (own / _SETTINGS_FILE).write_bytes(orjson.dumps(settings.model_dump()))
         binds = ((model, _MODEL_IN_BUILD), (own, _SETTINGS_IN_BUILD))
-        try:
-            with programs.tool(builder, places, scratch) as client:
-                programs.run_builder(client, IMAGE, values, binds, partial, places, log, report)
-                sif.fix_header(partial)
-                packages = programs.packages_of(client, partial)
-                labels = programs.labels_of(client, partial)
-            if labels.get("model-digest") != values["MODEL_DIGEST"]:
-                raise WorkError(partial, f"carries other labels than it was built with: {labels}")
-            lock = Lock(
-                image=IMAGE.name,
-                sha256=sif.sha256(partial),
-                bytes=partial.stat().st_size,
-                base=Base(name=base_lock.image, digest=values["BASE_DIGEST"]),
-                definition=values["DEFINITION"],
-                commit=commit,
-                builder=builder.version,
-                built=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                seconds=round(time.monotonic() - began, 1),
-                python=packages["python"],
-                system=packages["system"],
-                model=files,
-                model_from=str(model),
-            )
-            lock_file(target).unlink(missing_ok=True)
-            os.replace(partial, target)
-            write_lock(target, lock)
-        finally:
-            partial.unlink(missing_ok=True)
-            shutil.rmtree(scratch, ignore_errors=True)
-    return lock
+        return building.publish(
+            IMAGE, values, binds, Base(name=base_lock.image, digest=values["BASE_DIGEST"]),
+            commit, target, builder, places, scratch, log, report,
+            model=files, model_from=str(model),
+        )  # fmt: skip
 
 
 def _check_machine(model: Path, base: Path, base_lock: Lock, places: Places) -> None:
