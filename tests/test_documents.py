@@ -78,6 +78,8 @@ def parse(words: list[str]) -> None:
     """Read a tanren command as the command itself does, without running it."""
     command = TANREN
     while hasattr(command, "commands"):
+        if command.name == "convert" and words[0] not in command.commands:
+            words.insert(0, "recipe")
         verb = words.pop(0)
         assert verb in command.commands, f"tanren has no verb {verb}"
         command = command.commands[verb]

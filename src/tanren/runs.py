@@ -67,13 +67,16 @@ def read_json(path: Path) -> Any:
 def whole_folder(final: Path) -> Iterator[Path]:
     """A folder that gets its name when everything in it is written."""
     partial = final.with_name(final.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    old = final.with_name(f"{final.name}.old{PARTIAL}")
     try:
+        for left in (partial, old):  # by one that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        partial.mkdir(parents=True)
         yield partial
         if final.exists():
-            shutil.rmtree(final)
+            os.replace(final, old)
         os.replace(partial, final)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise WorkError(

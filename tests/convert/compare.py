@@ -40,10 +40,10 @@ CASES = {
 def compare(shape: Model, folder: Path) -> dict[str, float | bool]:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    from tanren.convert import llama, mcore
+    from tanren.convert import hf, llama, mcore
     from tanren.engine import model as models
     from tanren.engine.checkpoint import load_base
-    from tanren.stages import convert, export
+    from tanren.stages import convert
 
     torch.manual_seed(7)
     reference = LlamaForCausalLM(LlamaConfig.from_dict(llama.config_of(shape))).float().eval()
@@ -66,7 +66,7 @@ def compare(shape: Model, folder: Path) -> dict[str, float | bool]:
         losses = model(tokens[:, :-1], positions[:, :-1], None, labels=tokens[:, 1:])
 
     with mcore.open_checkpoint(checkpoint) as tensors:
-        export.write(tensors, shape, back, dtype=torch.float32, tokenizer=None, base=base)
+        hf.write_model(back, shape, llama.to_hf(shape, tensors), tokenizer=None, base=base)
     again = AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32)
     before, after = reference.state_dict(), again.state_dict()
     return {

@@ -5,6 +5,7 @@ from tanren.cli.command import app, main
 # isort: off
 # The order of --help.
 from tanren.cli import stages as _stages  # noqa: F401
+from tanren.cli import convert as _convert  # noqa: F401
 from tanren.cli import tools as _tools  # noqa: F401
 from tanren.cli import images as _images  # noqa: F401
 from tanren.cli import chains as _chains  # noqa: F401

@@ -30,7 +30,9 @@ from tanren.cli.command import (
 from tanren.cli.run import run_order, run_stage
 
 
-def _stage_verb(stage: str, does: str) -> None:
+def add_stage(group: typer.Typer, verb_name: str, stage: str, does: str) -> None:
+    """Add a stage's verb to the command, or to a group of it."""
+
     def verb(
         recipe: RecipeFile, variant: Variant = None, name: Name = None, set_: Sets = None,
         runtime: Runtime = None, bind: Binds = None, site: SiteName = None, nodes: Nodes = None,
@@ -51,16 +53,20 @@ def _stage_verb(stage: str, does: str) -> None:
         run_order(order, needs, then)
 
     example = f"Example: bin/tanren {stage} recipes/tiny/{stage}.yaml"
-    app.command(stage, help=does, epilog=example)(verb)
+    group.command(verb_name, help=does, epilog=example)(verb)
 
 
-_stage_verb("preprocess", "Text to tokens: tokenizer, and Megatron .bin/.idx files.")
-_stage_verb("convert", "A Hugging Face base to a megatron-core checkpoint.")
-_stage_verb("midtrain", "Continued pre-training. The same command again goes on where it stopped.")
-_stage_verb("sft", "Supervised fine-tuning on conversations. The same command again goes on.")
-_stage_verb("dpo", "Tuning on preferences. The same command again goes on where it stopped.")
-_stage_verb("export", "A checkpoint to a Hugging Face folder.")
-_stage_verb("eval", "The scores of an export, by lm-evaluation-harness.")
+# convert is a group of verbs, in cli/convert.py.
+STAGE_VERBS = {
+    "preprocess": "Text to tokens: tokenizer, and Megatron .bin/.idx files.",
+    "midtrain": "Continued pre-training. The same command again goes on where it stopped.",
+    "sft": "Supervised fine-tuning on conversations. The same command again goes on.",
+    "dpo": "Tuning on preferences. The same command again goes on where it stopped.",
+    "export": "A checkpoint to a Hugging Face folder.",
+    "eval": "The scores of an export, by lm-evaluation-harness.",
+}
+for name, does in STAGE_VERBS.items():
+    add_stage(app, name, name, does)
 
 
 @app.command(epilog="Example: bin/tanren bench recipes/tiny/midtrain.yaml --set micro_batch=4")

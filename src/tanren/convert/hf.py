@@ -16,12 +16,16 @@ from tanren.config.errors import RequestError
 from tanren.config.model import Model
 from tanren.convert import llama, safetensors
 from tanren.convert.tensors import Stored, Tensors
-from tanren.data import hub
+from tanren.data import hub, template
 from tanren.data import tokenizer as tokenizers
 from tanren.data.fetch import fetch
 from tanren.runs import whole_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# As config.json calls them.
+_KINDS = {
+    torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16",
+}  # fmt: skip
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 # Tensors a file: what one file of a large model usually holds.
@@ -47,16 +51,22 @@ def locate(source: str) -> Path:
     return fetch(hub.model_of(source)).folder
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face folder."""
-    path = folder / "config.json"
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """config.json of a Hugging Face folder, or another of its settings."""
+    path = folder / name
     try:
-        value = orjson.loads(path.read_bytes())
+        value = json.loads(
+            path.read_bytes(),
+            object_pairs_hook=lambda pairs: safetensors.no_duplicates(pairs, path),
+        )
     except FileNotFoundError:
         raise RequestError(path, "is missing", "name a folder that holds a model") from None
-    except orjson.JSONDecodeError as error:
-        raise RequestError(path, f"is not JSON: {error}") from None
-    assert isinstance(value, dict), path
+    except OSError as error:
+        raise RequestError(path, f"cannot be read: {error.strerror}", "check its rights") from None
+    except ValueError as error:
+        raise RequestError(path, f"is not JSON: {error}", "fetch the model again") from None
+    if not isinstance(value, dict):
+        raise RequestError(path, "is not a JSON object", "fetch the model again")
     return value
 
 
@@ -179,18 +189,18 @@ def write_settings(
         source: the base model's folder: what its config.json says beyond the shape is carried on.
         end_ids: the tokens that end an answer. A generation stops at them and at the base's own.
     """
-    name = {torch.bfloat16: "bfloat16", torch.float32: "float32"}[dtype]
     config = read_config(source) if source else llama.config_of(model)
     # What the base says of its own weights, or of code that lies beside them, is not true of these.
     for key in ("dtype", "torch_dtype", "quantization_config", "auto_map"):
         config.pop(key, None)
-    config["torch_dtype"] = name
+    config["torch_dtype"] = _KINDS[dtype]
     generation: dict[str, Any] = {}
     if source and (source / "generation_config.json").exists():
-        generation = orjson.loads((source / "generation_config.json").read_bytes())
+        generation = read_config(source, "generation_config.json")
     if tokenizer is not None:
+        # That of the source, so that what is wrong with it is named by its place.
+        read = tokenizers.read(tokenizer)
         tokenizers.copy(tokenizer, folder)
-        read = tokenizers.read(folder)
         for target in (config, generation):
             target.setdefault("eos_token_id", read.eod)
             if read.bos is not None:
@@ -200,6 +210,33 @@ def write_settings(
         generation["eos_token_id"] = sorted({*end_ids, *(own if isinstance(own, list) else [own])})
     for file, value in (("config.json", config), ("generation_config.json", generation)):
         (folder / file).write_bytes(orjson.dumps(value, option=orjson.OPT_INDENT_2))
+
+
+def write_model(
+    folder: Path,
+    model: Model,
+    tensors: Tensors,
+    *,
+    tokenizer: Path | None,
+    base: Path | None,
+    end_ids: tuple[int, ...] = (),
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a whole Hugging Face folder; it appears when it is whole.
+
+    Args:
+        tensors: under Hugging Face's names (`llama.to_hf`).
+        tokenizer, base, end_ids: see `write_settings`.
+    """
+    from tanren.convert import audit  # which reads by this module
+
+    with whole_folder(folder) as partial:
+        with audit.passing(tensors, llama.hf_shapes(model), folder) as passed:
+            write_tensors(partial, passed, max_shard_bytes=max_shard_bytes)
+        dtype = next(iter(tensors.stored.values())).dtype
+        write_settings(partial, model, dtype, tokenizer, base, end_ids)
+        template.make_fast(partial)
+        audit.check_hf(partial, model, values=False, place=folder)
 
 
 class _Random:

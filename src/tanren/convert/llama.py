@@ -244,14 +244,20 @@ class _Joined:
 
     def rows(self, name: str, layer: int | None, start: int, stop: int) -> torch.Tensor:
         entry = self._entries[name]
-        if entry.join is not _pad:
+        if entry.join is _join_qkv:
             return self.read(name, layer)[start:stop]
-        end = self._model.vocabulary_size
-        there = rows(self._tensors, entry.hf[0], None, min(start, end), min(stop, end))
-        padding = max(stop, end) - max(start, end)
-        if not padding:
-            return there
-        return torch.cat([there, there.new_zeros(padding, there.shape[1])])
+        # One after the other: what the range has of each, and of the vocabulary's padding.
+        found, first = [], 0
+        for one in (part.format(layer=layer) for part in entry.hf):
+            last = first + self._tensors.stored[one].shape[0]
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                found.append(rows(self._tensors, one, None, low - first, high - first))
+            first = last
+        if stop > first:
+            padding = (stop - max(start, first), *entry.shape[1:])
+            found.append(torch.zeros(padding, dtype=self.stored[name].dtype))
+        return torch.cat(found) if len(found) > 1 else found[0]
 
 
 class _Split:
@@ -270,15 +276,15 @@ class _Split:
         }
 
     def read(self, name: str, layer: int | None = None) -> torch.Tensor:
-        entry, of, index = self._from[name]
-        return entry.split(self._model, self._tensors.read(entry.mcore, of))[index]
+        return self.rows(name, layer, 0, self.stored[name].shape[0])
 
     def rows(self, name: str, layer: int | None, start: int, stop: int) -> torch.Tensor:
-        entry, of, _ = self._from[name]
-        if len(entry.hf) > 1:
-            return self.read(name)[start:stop]
-        # The same rows: what is more is padding at the end.
-        return rows(self._tensors, entry.mcore, of, start, stop)
+        entry, of, index = self._from[name]
+        if entry.split is _split_qkv:
+            return entry.split(self._model, self._tensors.read(entry.mcore, of))[index][start:stop]
+        # One after the other; what is more is the vocabulary's padding, at the end.
+        before = sum(self.stored[one.format(layer=of)].shape[0] for one in entry.hf[:index])
+        return rows(self._tensors, entry.mcore, of, before + start, before + stop)
 
 
 def model_of(config: dict[str, Any], place: object) -> Model:
@@ -296,11 +302,11 @@ def model_of(config: dict[str, Any], place: object) -> Model:
     if config.get("hidden_act", "silu") != "silu":
         raise RequestError(place, f"hidden_act is {config['hidden_act']!r}, and the engine's silu")
     # transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling.
-    rope = {
-        "rope_theta": config.get("rope_theta", 10000.0),
-        **(config.get("rope_parameters") or config.get("rope_scaling") or {}),
-    }
     try:
+        rope = {
+            "rope_theta": config.get("rope_theta", 10000.0),
+            **(config.get("rope_parameters") or config.get("rope_scaling") or {}),
+        }
         return Model(
             layers=config["num_hidden_layers"],
             hidden_size=config["hidden_size"],
@@ -317,6 +323,8 @@ def model_of(config: dict[str, Any], place: object) -> Model:
         )
     except KeyError as error:
         raise RequestError(place, f"states no {error.args[0]}") from None
+    except TypeError as error:
+        raise RequestError(place, f"is not a LLaMA's: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
@@ -386,7 +394,61 @@ def megatron_arguments(shape: Model) -> argparse.Namespace:
         rotary_base=shape.rotary_base,
         norm_epsilon=shape.norm_epsilon,
         untie_embeddings_and_output_weights=not shape.tied_embeddings,
+        vocab_size=shape.vocabulary_size,
+        use_rope_scaling=shape.rope_scaling is not None,
+        rope_scaling_factor=shape.rope_scaling.factor if shape.rope_scaling else 8.0,
+        position_embedding_type="rope",
+        normalization="RMSNorm",
+        swiglu=True,
+        add_bias_linear=False,
+        group_query_attention=shape.kv_groups != shape.attention_heads,
     )
+
+
+def model_of_arguments(arguments: argparse.Namespace | None, place: object) -> Model:
+    """The shape that a checkpoint's arguments state, as `megatron_arguments` writes them.
+
+    Raises:
+        RequestError: they do not state all of it.
+    """
+    another = "name a Hugging Face folder of the model: --like"
+    stated = vars(arguments) if arguments is not None else {}
+    try:
+        scaling = RopeScaling(factor=float(stated["rope_scaling_factor"]))
+        return Model(
+            layers=stated["num_layers"],
+            hidden_size=stated["hidden_size"],
+            ffn_hidden_size=stated["ffn_hidden_size"],
+            attention_heads=stated["num_attention_heads"],
+            kv_groups=stated["num_query_groups"],
+            head_size=stated["kv_channels"],
+            vocabulary_size=stated["vocab_size"],
+            max_positions=stated["max_position_embeddings"],
+            rotary_base=float(stated["rotary_base"]),
+            rope_scaling=scaling if stated["use_rope_scaling"] else None,
+            norm_epsilon=stated["norm_epsilon"],
+            tied_embeddings=not stated["untie_embeddings_and_output_weights"],
+        )
+    except KeyError as error:
+        raise RequestError(place, f"does not say its {error.args[0]}", another) from None
+    except ValidationError:
+        raise RequestError(place, "does not say its shape", another) from None
+
+
+def differing_arguments(model: Model, arguments: argparse.Namespace | None) -> list[str]:
+    """What a checkpoint's arguments state otherwise than a shape does, with both values."""
+    wanted = vars(megatron_arguments(model))
+    stated = vars(arguments) if arguments is not None else {}
+    # How far the vocabulary is padded is the checkpoint's own affair, and so are its positions.
+    compared = [key for key in wanted if key not in ("padded_vocab_size", "vocab_size",
+                                                     "max_position_embeddings")]  # fmt: skip
+    if not model.rope_scaling:
+        compared.remove("rope_scaling_factor")
+    return [
+        f"{key} is {stated[key]} there, and {wanted[key]} here"
+        for key in compared
+        if stated.get(key) is not None and stated[key] != wanted[key]
+    ]
 
 
 def differences(here: Model, there: Model) -> list[str]:

@@ -9,7 +9,6 @@ and up.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,9 @@ import orjson
 import torch
 
 from tanren import runs
-from tanren.config.errors import RequestError
 from tanren.config.model import Model
 from tanren.config.training import Lora, LoraLinear
-from tanren.convert import audit, llama, safetensors
+from tanren.convert import audit, llama, mcore, safetensors
 from tanren.convert.tensors import Held, Tensors, rows
 from tanren.data import tokenizer as tokenizers
 
@@ -58,15 +56,7 @@ def table(model: Model, lora: Lora) -> list[Adapter]:
 
 def settings_of(checkpoint: Path) -> Lora | None:
     """What a checkpoint of adapters says of them; None for a checkpoint of whole weights."""
-    path = checkpoint / "common.pt"
-    try:
-        # Beside plain values it holds Megatron-LM's arguments. megatron-core allows the same once
-        # for all: at the end of a `with` it would be forbidden to its own loading as well.
-        torch.serialization.add_safe_globals([argparse.Namespace])
-        common: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise RequestError(path, "is missing", "is it a torch_dist checkpoint?") from None
-    return settings_in(common)
+    return settings_in(mcore.common_of(checkpoint))
 
 
 def settings_in(common: dict[str, Any]) -> Lora | None:

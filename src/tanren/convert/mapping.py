@@ -1,14 +1,20 @@
-"""Tensors that lie in files, memory-mapped: a piece is mapped when it is read, and not longer."""
+"""Tensors in files: a piece is mapped when it is read, and not longer; pieces are written."""
 
 from __future__ import annotations
 
 import mmap
 import os
 from pathlib import Path
+from types import TracebackType
 
+import numpy as np
 import torch
 
 from tanren.config.errors import RequestError
+
+# What is written at a time: it stays in a core's cache between being read and being copied.
+_CHUNK = 1 << 23
+_PAGE = 4096
 
 
 def mapped(
@@ -58,3 +64,45 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(count)
         count *= size
     return tuple(reversed(strides))
+
+
+def put(descriptor: int, content: memoryview, offset: int) -> None:
+    """Write all of some bytes at a place of a file. Several threads may write to one file."""
+    done = 0
+    while done < len(content):
+        some = content[done : done + _CHUNK]
+        # Mapped pages are read here, and not while the file is locked for writing.
+        np.frombuffer(some, dtype=np.uint8)[::_PAGE].max()
+        done += os.pwrite(descriptor, some, offset + done)
+
+
+class Sink:
+    """A file that is written from its start to its end, and is on the disk when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self.position = 0
+
+    def write(self, content: bytes | memoryview) -> int:
+        view = memoryview(content).cast("B")
+        put(self._descriptor, view, self.position)
+        self.position += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)

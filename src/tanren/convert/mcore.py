@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,6 +46,21 @@ def write_base(
         torch.save(common, partial / "common.pt")
         (partial / "metadata.json").write_bytes(FORMAT)
         runs.write_file_list(partial)
+
+
+def common_of(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds that is no tensor: `common.pt`."""
+    path = checkpoint / "common.pt"
+    try:
+        # Beside plain values it holds Megatron-LM's arguments. megatron-core allows the same once
+        # for all: at the end of a `with` it would be forbidden to its own loading as well.
+        torch.serialization.add_safe_globals([argparse.Namespace])
+        common: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise RequestError(path, "is missing", "is it a torch_dist checkpoint?") from None
+    except Exception as error:  # a pickle with a wrong byte raises anything
+        raise RequestError(path, f"cannot be read: {error!r}", "bring the file again") from None
+    return common
 
 
 @contextmanager

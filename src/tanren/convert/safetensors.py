@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tanren.config.errors import RequestError
-from tanren.convert.mapping import mapped
+from tanren.convert.mapping import mapped, put
 from tanren.convert.tensors import Stored, Tensors, each, rows
 
 DTYPES = {
@@ -121,7 +121,7 @@ def write(files: Mapping[Path, list[str]], tensors: Tensors) -> None:
             header, starts, size = _header({name: tensors.stored[name] for name in names})
             descriptors[file] = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             os.truncate(descriptors[file], size)
-            _put(descriptors[file], memoryview(header), 0)
+            put(descriptors[file], memoryview(header), 0)
             for name in names:
                 pieces += [
                     (descriptors[file], starts[name] + before, name, start, stop)
@@ -169,10 +169,4 @@ def _write_piece(
     shape = tensors.stored[name].shape
     values = rows(tensors, name, None, start, stop) if shape else tensors.read(name)
     flat = values.contiguous().reshape(-1).view(torch.uint8)
-    _put(descriptor, flat.numpy().data, offset)
-
-
-def _put(descriptor: int, content: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(content):
-        done += os.pwrite(descriptor, content[done:], offset + done)
+    put(descriptor, flat.numpy().data, offset)

@@ -11,7 +11,6 @@ import collections
 import heapq
 import io
 import math
-import os
 import pickle
 import struct
 import zipfile
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import IO, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -35,7 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from tanren.config.errors import RequestError
-from tanren.convert.mapping import contiguous, mapped
+from tanren.convert.mapping import Sink, contiguous, mapped
 from tanren.convert.tensors import Stored, Tensors, each, rows
 
 # Elements of a box that is written: what a thread holds at a time (128 MiB of bf16).
@@ -44,6 +43,13 @@ LIMIT = 1 << 26
 THREADS = 4
 # Tensors of which each layer has one lie stacked under these names.
 STACKED = "decoder.layers."
+# Types by the names of their storages, as torch pickles them.
+_STORAGES = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}  # fmt: skip
 # Of a zip entry's own header: its length, and where it says how long name and extra field are.
 _HEADER, _LENGTHS = 30, 26
 
@@ -292,19 +298,17 @@ def write(folder: Path, tensors: Tensors, *, prefix: str = "") -> None:
 
     def write_file(path: Path, mine: list[_Part]) -> list[Record]:
         records = []
-        with path.open("wb") as stream:
+        with Sink(path) as stream:
             for part in mine:
-                offset = stream.tell()
-                torch.save(_values(tensors, part), stream)
+                offset = stream.position
+                torch.save(_values(tensors, part), cast(IO[bytes], stream))
                 stored = tensors.stored[part.name]
                 records.append(
                     Record(
-                        prefix + part.name, path.name, offset, stream.tell() - offset,
+                        prefix + part.name, path.name, offset, stream.position - offset,
                         stored, part.offsets, part.sizes,
                     )
                 )  # fmt: skip
-            stream.flush()
-            os.fsync(stream.fileno())
         return records
 
     # Always the same boxes in the same file: what is made of equal weights has equal files.
@@ -324,7 +328,9 @@ def _parts(name: str, stored: Stored) -> Iterator[_Part]:
     for layer in layers:
         shape = stored.shape if layer is None else stored.shape[1:]
         before = () if layer is None else (layer,)
-        step = max(LIMIT // max(math.prod(shape[1:]), 1), 1)
+        # Of about the same size, so that gate and up do not share one.
+        limit = max(LIMIT // max(math.prod(shape[1:]), 1), 1)
+        step = -(-shape[0] // -(-shape[0] // limit))
         for start in range(0, shape[0], step):
             stop = min(start + step, shape[0])
             offsets = (*before, start, *(0 for _ in shape[1:]))
@@ -387,8 +393,8 @@ class _Description(pickle.Unpickler):
             return lambda dtype, first, shape, strides, *_: _Tensor(dtype, first, shape, strides)
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
-        if module == "torch" and name.endswith("Storage") and hasattr(torch, name):
-            return getattr(torch, name).dtype
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
         raise pickle.UnpicklingError(f"{module}.{name} is no part of a plain tensor")
 
     def persistent_load(self, identity: Any) -> torch.dtype:

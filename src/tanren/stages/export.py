@@ -11,12 +11,10 @@ import torch
 
 from tanren import runs
 from tanren.config.errors import RequestError
-from tanren.config.model import Model
 from tanren.config.training import Lora
-from tanren.convert import audit, hf, llama, mcore
+from tanren.convert import hf, llama, mcore
 from tanren.convert import lora as adapters
 from tanren.convert.tensors import Cast, Tensors
-from tanren.data import template
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import ExportPlan, MidtrainPlan, TrainingPlan, TuningPlan, digest, read_plan
 from tanren.stages import tuning
@@ -94,30 +92,10 @@ def _start(trained: TrainingPlan) -> Iterator[Tensors]:
 def _write(trained: TrainingPlan, tensors: Tensors, folder: Path, dtype: torch.dtype) -> None:
     base = Path(hf.locate(trained.hf_source)) if trained.hf_source else None
     end_ids = tuning.end_ids(trained.folder) if isinstance(trained, TuningPlan) else ()
-    write(
-        tensors, trained.model, folder,
-        dtype=dtype, tokenizer=_tokenizer(trained), base=base, end_ids=end_ids,
+    hf.write_model(
+        folder, trained.model, Cast(llama.to_hf(trained.model, tensors, "the checkpoint"), dtype),
+        tokenizer=_tokenizer(trained), base=base, end_ids=end_ids,
     )  # fmt: skip
-
-
-def write(
-    tensors: Tensors,
-    model: Model,
-    folder: Path,
-    *,
-    dtype: torch.dtype,
-    tokenizer: Path | None,
-    base: Path | None,
-    end_ids: tuple[int, ...] = (),
-) -> None:
-    """Write a Hugging Face folder from megatron-core tensors; it appears when it is whole."""
-    with runs.whole_folder(folder) as partial:
-        cast = Cast(llama.to_hf(model, tensors), dtype)
-        with audit.passing(cast, llama.hf_shapes(model), folder) as passed:
-            hf.write_tensors(partial, passed)
-        hf.write_settings(partial, model, dtype, tokenizer, base, end_ids)
-        template.make_fast(partial)
-        audit.check_hf(partial, model, values=False, place=folder)
 
 
 def _write_peft(
