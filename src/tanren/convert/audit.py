@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 import torch
 
 from tanren.config.errors import RequestError
@@ -200,11 +199,25 @@ def check_hf(
                 each(lambda name: _drop(passed.read(name)), wanted, THREADS)
         else:
             llama.check_tensors(tensors.stored, wanted, place, strict=True)
-    for file_name in ("config.json", "generation_config.json"):
-        _check_ids(folder / file_name, there.vocabulary_size, f"{place}/{file_name}")
+    _check_ids(config, there.vocabulary_size, config_place)
+    name = "generation_config.json"
+    if (folder / name).exists():
+        _check_ids(hf.read_config(folder, name), there.vocabulary_size, f"{place}/{name}")
     if tokenizers.is_there(folder):
         check_tokenizer(folder, there.vocabulary_size, place)
     return there
+
+
+def check_base(folder: Path, tensors: Tensors, model: Model) -> None:
+    """Refuse a Hugging Face folder before anything is made of it.
+
+    Args:
+        tensors: the folder's.
+    """
+    if model.tied_embeddings and "lm_head.weight" in tensors.stored:
+        check_tied(tensors, folder)
+    if tokenizers.is_there(folder):
+        check_tokenizer(folder, model.vocabulary_size, folder)
 
 
 def check_tied(tensors: Tensors, place: object) -> None:
@@ -244,11 +257,8 @@ def _check_types(config: dict[str, Any], stored: Mapping[str, Stored], place: ob
         )
 
 
-def _check_ids(path: Path, rows: int, place: object) -> None:
+def _check_ids(settings: dict[str, Any], rows: int, place: object) -> None:
     """Special tokens that a settings file names have to have a row of the embedding."""
-    if not path.is_file():
-        return
-    settings = orjson.loads(path.read_bytes())
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = settings.get(key)
         for number in value if isinstance(value, list) else [value]:

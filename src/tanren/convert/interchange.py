@@ -13,7 +13,7 @@ import torch
 from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
-from tanren.convert import folders, hf, llama, lora, mcore
+from tanren.convert import audit, folders, hf, llama, lora, mcore
 from tanren.convert.tensors import Cast, Tensors
 from tanren.data import tokenizer as tokenizers
 from tanren.plan.paths import RunFolder, iteration_of
@@ -74,11 +74,12 @@ def hf_to_mcore(source: Path, target: Path, options: Options, say: Say) -> Made:
     final = folders.write_to(target, source, force=options.force)
     model = llama.model_of(hf.read_config(source), source / "config.json")
     with hf.open_model(source) as stored:
+        audit.check_base(source, stored, model)
         tensors = llama.to_mcore(model, cast(stored, options.dtype), source)
         folders.check_room(final, sizes(tensors))
         say(f"writing {model.parameters / 1e9:.2f} B parameters")
         with runs.whole_folder(final) as partial:
-            mcore.write_base(model, tensors, partial / RELEASE)
+            mcore.write_base(model, tensors, partial / RELEASE, place=source)
             write_hf_part(partial / HF, model, tensors, source)
             (partial / _TRACKER).write_text(RELEASE)
     return Made(final, model.parameters, sum(sizes(tensors)))
@@ -130,7 +131,7 @@ def newest(source: Path) -> Path:
         above = source / "checkpoints" if (source / "checkpoints").is_dir() else source
         tracker = above / _TRACKER
         if tracker.exists():
-            said = tracker.read_text().strip()
+            said = tracker.read_text(errors="replace").strip()
             found = above / (f"iter_{int(said):07d}" if said.isdecimal() else said)
         else:
             there = [(number, path) for path in above.iterdir() if (number := iteration_of(path))]

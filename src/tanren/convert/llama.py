@@ -296,11 +296,17 @@ def model_of(config: dict[str, Any], place: object) -> Model:
     kind = config.get("model_type")
     if kind not in ("llama", "mistral"):
         raise RequestError(place, f"model_type is {kind!r}", "llama and mistral are known")
+    without = "llama and mistral without it are known"
+    again = "mend it, or fetch the model again"
     for key in ("attention_bias", "mlp_bias", "sliding_window"):
         if config.get(key):
-            raise RequestError(place, f"{key} is {config[key]!r}, which the engine has not")
+            raise RequestError(
+                place, f"{key} is {config[key]!r}, which the engine has not", without
+            )
     if config.get("hidden_act", "silu") != "silu":
-        raise RequestError(place, f"hidden_act is {config['hidden_act']!r}, and the engine's silu")
+        raise RequestError(
+            place, f"hidden_act is {config['hidden_act']!r}, and the engine's silu", without
+        )
     # transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling.
     try:
         rope = {
@@ -322,14 +328,14 @@ def model_of(config: dict[str, Any], place: object) -> Model:
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         )
     except KeyError as error:
-        raise RequestError(place, f"states no {error.args[0]}") from None
+        raise RequestError(place, f"states no {error.args[0]}", again) from None
     except TypeError as error:
-        raise RequestError(place, f"is not a LLaMA's: {error}") from None
+        raise RequestError(place, f"is not a LLaMA's: {error}", again) from None
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         what = first["msg"].removeprefix("Value error, ")
-        raise RequestError(place, f"{field}: {what}" if field else what) from None
+        raise RequestError(place, f"{field}: {what}" if field else what, again) from None
 
 
 def _rope_scaling(rope: dict[str, Any], place: object) -> RopeScaling | None:

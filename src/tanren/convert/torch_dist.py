@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import heapq
 import io
+import itertools
 import math
 import pickle
 import struct
@@ -99,12 +100,28 @@ def read_metadata(checkpoint: Path) -> Metadata:
     Raises:
         RequestError: `.metadata` is missing or broken.
     """
+    path, again = checkpoint / ".metadata", "bring the checkpoint again, whole"
     try:
-        return FileSystemReader(checkpoint).read_metadata()
+        found = FileSystemReader(checkpoint).read_metadata()
+        places = sorted(
+            (one.relative_path, one.offset, one.length) for one in found.storage_data.values()
+        )
+        boxes = [
+            (tuple(chunk.offsets), tuple(chunk.sizes), one.properties.dtype)
+            for one in found.state_dict_metadata.values()
+            if isinstance(one, TensorStorageMetadata)
+            for chunk in one.chunks
+        ]
     except FileNotFoundError:
-        raise RequestError(checkpoint / ".metadata", "is missing") from None
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise RequestError(checkpoint / ".metadata", f"is not whole: {error}") from None
+        raise RequestError(path, "is missing", again) from None
+    except Exception as error:  # a pickle with a wrong byte raises anything
+        raise RequestError(path, f"is not whole: {error!r}", again) from None
+    for (file, start, length), (other, next_start, _) in itertools.pairwise(places):
+        if file == other and start + length > next_start:
+            raise RequestError(path, f"says that two tensors overlap in {file}", again)
+    if len(places) < len(boxes):
+        raise RequestError(path, "does not say where all of its tensors lie", again)
+    return found
 
 
 class Boxes:
@@ -188,8 +205,9 @@ class Boxes:
             place = self._metadata.storage_data[MetadataIndex(name, chunk.offsets)]
         except KeyError:
             raise RequestError(
-                self.checkpoint / ".metadata", f"does not say where {name} lies"
-            ) from None
+                self.checkpoint / ".metadata", f"does not say where {name} lies",
+                "bring the checkpoint again, whole",
+            ) from None  # fmt: skip
         if getattr(place, "transform_descriptors", None):
             raise RequestError(
                 self.checkpoint / place.relative_path,
@@ -216,13 +234,19 @@ class Boxes:
             content = stream.read(length)
         try:
             tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise RequestError(file, f"is broken: {error}", "bring the file again") from error
+        except Exception as error:  # a pickle with a wrong byte raises anything
+            raise RequestError(file, f"is broken: {error!r}", "bring the file again") from error
         if not isinstance(tensor, torch.Tensor):
-            raise RequestError(file, f"holds a {type(tensor).__name__} where {name} should be")
+            raise RequestError(
+                file, f"holds a {type(tensor).__name__} where {name} should be",
+                "bring the file again",
+            )  # fmt: skip
         sizes = self._chunks(name)[index].sizes
         if tensor.numel() != sizes.numel():
-            raise RequestError(file, f"{name} is {list(tensor.shape)}, and {list(sizes)} is stated")
+            raise RequestError(
+                file, f"{name} is {list(tensor.shape)}, and {list(sizes)} is stated",
+                "bring the file again",
+            )  # fmt: skip
         # Some writers leave out the axes of length 1 that stand for the layer.
         return tensor.reshape(sizes).to(self.stored[name].dtype)
 
@@ -253,8 +277,8 @@ def _find(file: Path, offset: int, length: int, numel: int) -> _Place | None:
             name, extra = struct.unpack("<HH", stream.read(4))
     except FileNotFoundError:
         raise RequestError(file, "is missing", "bring the checkpoint again, whole") from None
-    except (zipfile.BadZipFile, KeyError, EOFError, struct.error, pickle.UnpicklingError):
-        # torch's own reading says what is wrong with it, or that nothing is.
+    except Exception:
+        # A wrong byte raises anything. torch's own reading says what is wrong, or that nothing is.
         return None
     return _Place(file, offset + data.header_offset + _HEADER + name + extra, dtype)
 

@@ -47,7 +47,9 @@ class _Fast:
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
-            raise RequestError(path, f"is not a tokenizer: {error}") from None
+            raise RequestError(
+                path, f"is not a tokenizer: {error}", "fetch the tokenizer again"
+            ) from None
         self.backend.encode_special_tokens = True
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -73,7 +75,9 @@ class _SentencePiece:
         try:
             self.backend.LoadFromSerializedProto(path.read_bytes())
         except (RuntimeError, OSError) as error:
-            raise RequestError(path, f"is not a SentencePiece model: {error}") from None
+            raise RequestError(
+                path, f"is not a SentencePiece model: {error}", "fetch the tokenizer again"
+            ) from None
 
     def encode(self, texts: list[str]) -> list[Ids]:
         return list(self.backend.encode(texts, num_threads=1, return_type="numpy"))
@@ -203,7 +207,7 @@ def _special_tokens(folder: Path) -> dict[str, str]:
         try:
             values: dict[str, Any] = orjson.loads(path.read_bytes())
         except orjson.JSONDecodeError as error:
-            raise RequestError(path, f"is not JSON: {error}") from None
+            raise RequestError(path, f"is not JSON: {error}", "fetch the tokenizer again") from None
         if not isinstance(values, dict):
             raise RequestError(path, "is not a JSON object", "fetch the tokenizer again")
         for key in ("bos_token", "eos_token"):

@@ -51,10 +51,7 @@ def convert_base(base: Path, model: Model, checkpoint: Path, recipe_file: str) -
     there = llama.model_of(hf.read_config(base), config)
     llama.check_same_shape(model, there, f"{recipe_file}: model", base)
     with hf.open_model(base) as tensors:
-        if model.tied_embeddings and "lm_head.weight" in tensors.stored:
-            audit.check_tied(tensors, base)
-        if tokenizers.is_there(base):
-            audit.check_tokenizer(base, model.vocabulary_size, base)
+        audit.check_base(base, tensors, model)
         mcore.write_base(model, llama.to_mcore(model, tensors, base), checkpoint, place=base)
 
 
