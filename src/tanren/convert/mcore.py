@@ -13,13 +13,52 @@ import torch
 from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
-from tanren.convert import audit, llama, torch_dist
+from tanren.convert import audit, llama, torch_dist, unpickle
 from tanren.convert.tensors import Tensors
 
 FORMAT = b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
 FORMAT += b'"common_backend": "torch", "common_backend_version": 1}'
 # What a checkpoint of a training holds beside the weights.
 _OPTIMIZER = ("optimizer.", "chained_")
+
+# What Megatron-LM takes from a checkpoint's arguments with --use-checkpoint-args, where it would
+# have the defaults of a GPT of 2019 otherwise.
+_OF_ANY_LLAMA = {
+    "add_qkv_bias": False, "apply_layernorm_1p": False, "rotary_interleaved": False,
+    "rotary_percent": 1.0, "squared_relu": False, "attention_dropout": 0.0, "hidden_dropout": 0.0,
+}  # fmt: skip
+# Parts of a layer of which Transformer Engine keeps FP8 scales beside the weights. Megatron-LM asks
+# for those of each layer, and does not load without. Of weights that are not FP8 they are None.
+_WITH_SCALES = ("self_attention.linear_qkv", "self_attention.core_attention",
+                "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")  # fmt: skip
+
+
+def arguments(
+    model: Model, *, weights_only: bool, tensor: int = 1, pipeline: int = 1
+) -> argparse.Namespace:
+    """What Megatron-LM finds as `args` in a checkpoint.
+
+    Args:
+        tensor, pipeline: the layout that saved it.
+        weights_only: there is no optimizer's state for it to load. Of random states it wants more
+            than ours, and is told that there are none.
+    """
+    said = {
+        "seq_length": model.max_positions,
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+        "ckpt_format": "torch_dist",
+        "no_save_rng": True,
+        "no_save_optim": weights_only,
+    }
+    return argparse.Namespace(**_OF_ANY_LLAMA, **said, **vars(llama.megatron_arguments(model)))
+
+
+def _scales(model: Model) -> Iterator[str]:
+    for part in _WITH_SCALES:
+        for layer in range(model.layers):
+            yield f"{torch_dist.STACKED}{part}._extra_state/shard_{layer}_{model.layers}"
+    yield "decoder.final_layernorm._extra_state/shard_0_1"
 
 
 def write_base(
@@ -37,29 +76,27 @@ def write_base(
         with audit.passing(
             tensors, shapes, place or checkpoint, vocabulary=model.vocabulary_size
         ) as passed:
-            torch_dist.write(partial, passed)
+            torch_dist.write(partial, passed, empty=_scales(model))
         common = {
             "iteration": iteration,
             "checkpoint_version": 3.0,
-            "args": llama.megatron_arguments(model),
+            "args": arguments(model, weights_only=True),
         }
         torch.save(common, partial / "common.pt")
         (partial / "metadata.json").write_bytes(FORMAT)
         runs.write_file_list(partial)
 
 
-def common_of(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint holds that is no tensor: `common.pt`."""
+def common_of(checkpoint: Path, *, trust: bool = False) -> dict[str, Any]:
+    """What a checkpoint holds that is no tensor: `common.pt`.
+
+    Raises:
+        RequestError: it is missing, broken, or names what could run code.
+    """
     path = checkpoint / "common.pt"
-    try:
-        # Beside plain values it holds Megatron-LM's arguments. megatron-core allows the same once
-        # for all: at the end of a `with` it would be forbidden to its own loading as well.
-        torch.serialization.add_safe_globals([argparse.Namespace])
-        common: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise RequestError(path, "is missing", "is it a torch_dist checkpoint?") from None
-    except Exception as error:  # a pickle with a wrong byte raises anything
-        raise RequestError(path, f"cannot be read: {error!r}", "bring the file again") from None
+    common = unpickle.load(path, trust=trust)
+    if not isinstance(common, dict):
+        raise RequestError(path, f"holds a {type(common).__name__}", "is it a checkpoint's?")
     return common
 
 
@@ -72,8 +109,8 @@ def open_checkpoint(checkpoint: Path) -> Iterator[Tensors]:
 class Checkpoint:
     """The weights of a torch_dist checkpoint."""
 
-    def __init__(self, checkpoint: Path) -> None:
-        self._boxes = torch_dist.Boxes(checkpoint)
+    def __init__(self, checkpoint: Path, *, trust: bool = False) -> None:
+        self._boxes = torch_dist.Boxes(checkpoint, trust=trust)
         self.stored = {
             name: stored
             for name, stored in self._boxes.stored.items()

@@ -23,7 +23,6 @@ from typing import IO, Any, TypeVar, cast
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -35,6 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from tanren.config.errors import RequestError
+from tanren.convert import unpickle
 from tanren.convert.mapping import Sink, contiguous, mapped
 from tanren.convert.tensors import Stored, Tensors, each, rows
 
@@ -94,17 +94,22 @@ def metadata(records: Iterable[Record]) -> Metadata:
     return Metadata(contents, storage_data=places, version="1.0.0")
 
 
-def read_metadata(checkpoint: Path) -> Metadata:
+def read_metadata(checkpoint: Path, *, trust: bool = False) -> Metadata:
     """What a checkpoint says is where.
 
+    Args:
+        trust: run what `.metadata` names; see `unpickle`.
     Raises:
-        RequestError: `.metadata` is missing or broken.
+        RequestError: `.metadata` is missing, broken, or names what could run code.
     """
     path, again = checkpoint / ".metadata", "bring the checkpoint again, whole"
+    found = unpickle.load_metadata(path, trust=trust)
     try:
-        found = FileSystemReader(checkpoint).read_metadata()
+        # Objects may share a place: those that are None do.
         places = sorted(
-            (one.relative_path, one.offset, one.length) for one in found.storage_data.values()
+            (one.relative_path, one.offset, one.length)
+            for index, one in found.storage_data.items()
+            if index.offset is not None
         )
         boxes = [
             (tuple(chunk.offsets), tuple(chunk.sizes), one.properties.dtype)
@@ -112,8 +117,6 @@ def read_metadata(checkpoint: Path) -> Metadata:
             if isinstance(one, TensorStorageMetadata)
             for chunk in one.chunks
         ]
-    except FileNotFoundError:
-        raise RequestError(path, "is missing", again) from None
     except Exception as error:  # a pickle with a wrong byte raises anything
         raise RequestError(path, f"is not whole: {error!r}", again) from None
     for (file, start, length), (other, next_start, _) in itertools.pairwise(places):
@@ -127,9 +130,9 @@ def read_metadata(checkpoint: Path) -> Metadata:
 class Boxes:
     """The boxes of a checkpoint's tensors. Several threads may read at a time."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, *, trust: bool = False) -> None:
         self.checkpoint = checkpoint
-        self._metadata = read_metadata(checkpoint)
+        self._metadata = read_metadata(checkpoint, trust=trust)
         self.stored = {
             name: Stored(tuple(one.size), one.properties.dtype)
             for name, one in self._metadata.state_dict_metadata.items()
@@ -308,12 +311,13 @@ class _Part:
     sizes: tuple[int, ...]
 
 
-def write(folder: Path, tensors: Tensors, *, prefix: str = "") -> None:
+def write(folder: Path, tensors: Tensors, *, prefix: str = "", empty: Iterable[str] = ()) -> None:
     """Write tensors as boxes and `.metadata`, with a few boxes in memory at a time.
 
     Args:
         folder: exists, and gets its name when everything is written.
         prefix: of the names in the checkpoint.
+        empty: whole names of objects that a reader asks for, and that are None.
     """
     parts = [part for name, stored in tensors.stored.items() for part in _parts(name, stored)]
 
@@ -344,7 +348,18 @@ def write(folder: Path, tensors: Tensors, *, prefix: str = "") -> None:
     with _without_checksums():
         written = each(lambda job: write_file(*job), jobs, THREADS)
     records = [record for some in written for record in some]
+    records += _write_empty(folder / f"__0_{THREADS}.distcp", list(empty))
     (folder / ".metadata").write_bytes(pickle.dumps(metadata(records)))
+
+
+def _write_empty(path: Path, names: list[str]) -> list[Record]:
+    if not names:
+        return []
+    nothing = io.BytesIO()
+    # megatron-core stores a list, of what each rank with this object has.
+    torch.save([None], nothing)
+    path.write_bytes(nothing.getvalue())
+    return [Record(name, path.name, 0, nothing.tell()) for name in names]
 
 
 def _parts(name: str, stored: Stored) -> Iterator[_Part]:

@@ -27,8 +27,7 @@ from megatron.core.utils import unwrap_model
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
 from tanren.config.training import Lora
-from tanren.convert import lora
-from tanren.convert.llama import megatron_arguments
+from tanren.convert import lora, mcore
 from tanren.engine import shards
 from tanren.engine.lora import adapter_keys
 from tanren.engine.model import Llama
@@ -86,6 +85,7 @@ def random_state() -> ShardedObject:
 
 def common_state(state: TrainingState) -> dict[str, Any]:
     """What is the same on every rank, and no tensor: `common.pt`."""
+    layout = _layout()
     result: dict[str, Any] = {
         "optimizer": {
             "optimizer": {"param_groups": shards.groups(state.optimizer)},
@@ -94,8 +94,10 @@ def common_state(state: TrainingState) -> dict[str, Any]:
         "opt_param_scheduler": state.schedule.state_dict(),
         "iteration": state.iteration,
         "checkpoint_version": 3.0,
-        "layout": _layout(),
-        "args": megatron_arguments(state.shape),
+        "layout": layout,
+        "args": mcore.arguments(
+            state.shape, weights_only=False, tensor=layout["tensor"], pipeline=layout["pipeline"]
+        ),
         "content_metadata": _SHARDING,
     }
     model = unwrap_model(state.model)

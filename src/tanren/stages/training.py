@@ -16,7 +16,7 @@ from megatron.core.utils import unwrap_model
 from tanren import runs, tracking
 from tanren.config.errors import RequestError
 from tanren.config.training import Lora, Tuning
-from tanren.convert import hf, mcore
+from tanren.convert import hf, mcore, unpickle
 from tanren.convert import lora as adapters_of
 from tanren.engine import distributed, loop, lora, timing
 from tanren.engine import model as models
@@ -143,6 +143,9 @@ def _base(plan: TrainingPlan) -> Path:
     problem = runs.checkpoint_problem(checkpoint, foreign=True)
     if problem:
         raise RequestError(checkpoint, problem, "make the base again, or fetch it again")
+    # megatron-core would run what these name.
+    unpickle.load(checkpoint / "common.pt")
+    unpickle.load_metadata(checkpoint / ".metadata")
     return checkpoint
 
 
