@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tanren.convert import llama, mcore, nemo, nemo_config
+from tanren.convert.interchange import Options
 from tanren.environments import NEMO
 from tests.conftest import REPOSITORY
 from tests.convert.compare import SCALING
@@ -36,7 +37,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nemo")
     for name, changes in CASES.items():
         write_hf(folder / name / "hf", **changes)
-        nemo.from_hf(folder / name / "hf", folder / name / "ours")
+        nemo.hf_to_nemo(folder / name / "hf", folder / name / "ours", Options(), print)
     done = subprocess.run(
         [str(python), "-m", "tests.nemo.convert", str(folder)],
         cwd=REPOSITORY, capture_output=True, text=True, check=False,
@@ -73,7 +74,7 @@ def test_it_builds_the_same_model_from_our_context_as_from_its_own(cases: Path, 
 
 @pytest.mark.parametrize("case", CASES)
 def test_its_exporter_and_ours_agree_bit_for_bit(cases: Path, case: str) -> None:
-    nemo.to_hf(cases / case / "imported", cases / case / "back")
+    nemo.nemo_to_hf(cases / case / "imported", cases / case / "back", Options(), print)
     ours = load_file(cases / case / "back" / "model.safetensors")
     theirs = load_file(cases / case / "exported" / "model.safetensors")
     base = load_file(cases / case / "hf" / "model.safetensors")

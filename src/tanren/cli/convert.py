@@ -53,6 +53,10 @@ Type = Annotated[
     Optional[Dtype], typer.Option("--dtype", help="of the weights; without it as they are")
 ]
 Force = Annotated[bool, typer.Option("--force", help="replace a model that is in DST")]
+Like = Annotated[
+    Optional[Path],
+    typer.Option("--like", help="a Hugging Face folder: its config.json, tokenizer, template"),
+]
 ShardSize = Annotated[
     str, typer.Option("--max-shard-size", help="of a safetensors file, e.g. 500MB")
 ]
@@ -73,28 +77,57 @@ def hf_to_mcore(source: Source, target: Target, dtype: Type = None, force: Force
 )
 def mcore_to_hf(
     source: Source, target: Target, dtype: Type = None, force: Force = False,
-    max_shard_size: ShardSize = "5GB",
-    like: Annotated[
-        Optional[Path],
-        typer.Option("--like", help="a Hugging Face folder: its config.json, tokenizer, template"),
-    ] = None,
+    max_shard_size: ShardSize = "5GB", like: Like = None,
 ) -> None:  # fmt: skip
     """A megatron-core checkpoint, of any layout, to a Hugging Face folder."""
     _by_hand("mcore_to_hf", source, target, dtype, force, max_shard_size, like=like)
+
+
+class Format(str, Enum):
+    """NeMo's two formats."""
+
+    nemo1 = "nemo1"
+    nemo2 = "nemo2"
+
+
+@convert.command(
+    "hf-to-nemo",
+    epilog="Example: bin/tanren convert hf-to-nemo models/llm-jp-4-8b checkpoints/llm-jp-4-8b-nemo",
+)
+def hf_to_nemo(
+    source: Source, target: Target, dtype: Type = None, force: Force = False,
+    format_: Annotated[
+        Format, typer.Option("--format", help="NeMo's; nemo1 also as a file DST.nemo")
+    ] = Format.nemo2,
+) -> None:  # fmt: skip
+    """A Hugging Face folder to a NeMo checkpoint."""
+    _by_hand("hf_to_nemo", source, target, dtype, force, kind=format_.value)
+
+
+@convert.command(
+    "nemo-to-hf",
+    epilog="Example: bin/tanren convert nemo-to-hf results/sft models/llm-jp-4-8b-sft",
+)
+def nemo_to_hf(
+    source: Source, target: Target, dtype: Type = None, force: Force = False,
+    max_shard_size: ShardSize = "5GB", like: Like = None,
+) -> None:  # fmt: skip
+    """A checkpoint of NeMo 1 or 2, or the run that holds it, to a Hugging Face folder."""
+    _by_hand("nemo_to_hf", source, target, dtype, force, max_shard_size, like=like)
 
 
 def _by_hand(
     name: str, source: Path, target: Path, dtype: Dtype | None, force: bool,
     max_shard_size: str = "5GB", **more: Any,
 ) -> None:  # fmt: skip
-    """Run a function of convert/interchange.py, and say what it made."""
+    """Run a function of convert/interchange.py or convert/nemo.py, and say what it made."""
     import time
 
     from tanren.launch import native
     from tanren.report import terminal
 
     native.complete()
-    from tanren.convert import interchange
+    from tanren.convert import interchange, nemo
 
     signal.signal(signal.SIGTERM, terminated)
     options = interchange.Options(
@@ -102,7 +135,9 @@ def _by_hand(
     )
     screen, began = terminal.console(), time.monotonic()
     with terminal.working(screen) as say:
-        made: Made = getattr(interchange, name)(source, target, options, say, **more)
+        made: Made = getattr(nemo if "nemo" in name else interchange, name)(
+            source, target, options, say, **more
+        )
     seconds = time.monotonic() - began
     screen.print(
         f"{made.parameters / 1e9:.2f} B parameters, {made.size / 1e9:.2f} GB in {seconds:.1f} s: "

@@ -1,15 +1,13 @@
 """NeMo checkpoints, 1 and 2: read and written from their tensors alone, without NeMo.
 
 Their weights are a megatron-core distributed checkpoint, NeMo 2's in `weights` with `module.`
-before each name, NeMo 1's in `model_weights` with `model.`. What is beside them is in
-nemo_config.py.
+before each name, NeMo 1's in `model_weights` with `model.`. What is beside them is read in
+nemo_config.py and written in nemo_context.py.
 """
 
 from __future__ import annotations
 
 import shutil
-import tarfile
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,11 +20,21 @@ import torch
 from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
-from tanren.convert import hf, llama, mcore, nemo_config, torch_dist
-from tanren.convert.tensors import Cast, Stored, Tensors, rows
+from tanren.convert import (
+    archives,
+    audit,
+    folders,
+    hf,
+    llama,
+    mcore,
+    nemo_config,
+    nemo_context,
+    torch_dist,
+)
+from tanren.convert.interchange import Made, Options, Say, cast, sizes
+from tanren.convert.tensors import Stored, Tensors, rows
 from tanren.data import template
 from tanren.data import tokenizer as tokenizers
-from tanren.plan.paths import PARTIAL
 
 Format = Literal["nemo1", "nemo2"]
 PREFIX: dict[Format, str] = {"nemo1": "model.", "nemo2": "module."}
@@ -54,92 +62,102 @@ class Checkpoint:
     generation: Path | None
 
 
-def from_hf(
-    source: Path, target: Path, *, kind: Format = "nemo2", dtype: torch.dtype | None = None
-) -> None:
-    """Convert a Hugging Face folder.
+def hf_to_nemo(
+    source: Path, target: Path, options: Options, say: Say, *, kind: Format = "nemo2"
+) -> Made:
+    """A Hugging Face folder to a NeMo checkpoint.
 
     Args:
         target: a folder, or for NeMo 1 a file that ends in .nemo; it appears when it is whole.
-        dtype: of the weights; None leaves them as they are.
     Raises:
-        RequestError: the base is no LLaMA, or is not whole.
+        RequestError: something is not right with the folders, the files or the model.
+        WorkError: the disk did not take it.
     """
-    config = hf.read_config(source)
-    model = llama.model_of(config, source / "config.json")
-    model = model.model_copy(update={"init_std": config.get("initializer_range", model.init_std)})
     archive = target.suffix == _ARCHIVE
     if archive and kind != "nemo1":
         raise RequestError(target, "NeMo 2 has no archives", "name a folder, or say --format nemo1")
-    with hf.open_model(source) as there:
-        tensors = llama.to_mcore(model, there if dtype is None else Cast(there, dtype), source)
-        if not archive:
-            with runs.whole_folder(target) as partial:
-                _write(partial, kind, model, tensors, source, target / _TOKENIZER[kind])
-            return
-        with _beside(target) as folder:
-            _write(folder, kind, model, tensors, source, source.absolute())
-            packed = target.with_name(target.name + PARTIAL)
-            try:
-                with tarfile.open(packed, "w") as tar:
-                    for path in sorted(folder.iterdir()):
-                        tar.add(path, arcname=f"./{path.name}")
-                packed.replace(target)
-            finally:
-                packed.unlink(missing_ok=True)
+    source = folders.read_from(source)
+    final = (
+        archives.write_to(target, force=options.force)
+        if archive
+        else folders.write_to(target, source, force=options.force)
+    )
+    config = hf.read_config(source)
+    model = llama.model_of(config, source / "config.json")
+    model = model.model_copy(update={"init_std": config.get("initializer_range", model.init_std)})
+    with hf.open_model(source) as stored:
+        audit.check_base(source, stored, model)
+        tensors = llama.to_mcore(model, cast(stored, options.dtype), source)
+        # An archive is packed from a folder beside it.
+        folders.check_room(final, sizes(tensors) * (2 if archive else 1))
+        say(f"writing {model.parameters / 1e9:.2f} B parameters")
+        if archive:
+            with archives.beside(final) as folder:
+                _write(folder, kind, model, tensors, source, source)
+                archives.pack(folder, final)
+        else:
+            with runs.whole_folder(final) as partial:
+                _write(partial, kind, model, tensors, source, final / _TOKENIZER[kind])
+    return Made(final, model.parameters, sum(sizes(tensors)))
 
 
-def to_hf(
-    source: Path,
-    target: Path,
-    *,
-    tokenizer: Path | None = None,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = hf.MAX_SHARD_BYTES,
-) -> None:
-    """Convert a NeMo checkpoint of either kind to a Hugging Face folder.
+def nemo_to_hf(
+    source: Path, target: Path, options: Options, say: Say, *, like: Path | None = None
+) -> Made:
+    """A NeMo checkpoint of either kind to a Hugging Face folder.
 
     Args:
         source: what `open_checkpoint` takes.
-        tokenizer: the folder or file of the tokenizer, instead of the one that NeMo names.
-        dtype: of the weights; None leaves them as they are.
+        like: a Hugging Face folder whose config.json and tokenizer are the model's. Without it
+            what NeMo itself states, and the tokenizer that it names.
+    Raises:
+        RequestError: something is not right with the folders, the files or the model.
+        WorkError: the disk did not take it.
     """
-    with open_checkpoint(source, tokenizer) as there, runs.whole_folder(target) as partial:
-        tensors = llama.to_hf(there.model, there.tensors, source)
+    source = _file(source) or folders.read_from(source)
+    final = folders.write_to(target, source, force=options.force)
+    base = folders.read_from(like) if like else None
+    with open_checkpoint(source, final, base) as there:
+        tensors = cast(llama.to_hf(there.model, there.tensors, source), options.dtype)
         kinds = {one.dtype for one in tensors.stored.values()}
-        if dtype is None and (len(kinds) > 1 or not kinds <= set(hf.DTYPES.values())):
+        if len(kinds) > 1:
             raise RequestError(
                 source, f"holds tensors of {' and '.join(sorted(map(str, kinds)))}",
                 "say which type they shall have: --dtype bf16 or fp32",
             )  # fmt: skip
-        dtype = dtype or kinds.pop()
-        hf.write_tensors(partial, Cast(tensors, dtype), max_shard_bytes=max_shard_bytes)
-        hf.write_settings(partial, there.model, dtype, there.tokenizer, None)
-        if there.generation is not None:
-            value = orjson.loads(there.generation.read_bytes())
-            value.pop("_from_model_config", None)
-            (partial / _GENERATION).write_bytes(orjson.dumps(value, option=orjson.OPT_INDENT_2))
-        template.make_fast(partial)
+        folders.check_room(final, sizes(tensors))
+        say(f"writing {there.model.parameters / 1e9:.2f} B parameters")
+        with runs.whole_folder(final) as partial:
+            with audit.passing(tensors, llama.hf_shapes(there.model), source) as passed:
+                hf.write_tensors(partial, passed, max_shard_bytes=options.max_shard_bytes)
+            hf.write_settings(partial, there.model, kinds.pop(), there.tokenizer, base)
+            if base is None and there.generation is not None:
+                shutil.copyfile(there.generation, partial / _GENERATION)
+            template.make_fast(partial)
+            audit.check_hf(partial, there.model, values=False, place=final)
+    return Made(final, there.model.parameters, sum(sizes(tensors)))
 
 
 @contextmanager
-def open_checkpoint(source: Path, tokenizer: Path | None = None) -> Iterator[Checkpoint]:
+def open_checkpoint(source: Path, scratch: Path, base: Path | None = None) -> Iterator[Checkpoint]:
     """A NeMo checkpoint: NeMo 2's folder, NeMo 1's folder or archive, or the folder of a run that
     holds one, `step=...-last` of it.
 
+    Args:
+        scratch: an archive is unpacked beside this.
+        base: a Hugging Face folder of the model.
     Raises:
         RequestError: it is none, is not whole, or is no LLaMA.
     """
     if source.is_file():
-        with _unpacked(source) as folder:
-            yield _open(folder, source, tokenizer)
+        folders.check_room(scratch, [source.stat().st_size])
+        with archives.unpacked(source, scratch) as folder:
+            yield _open(folder, source, base)
     else:
-        yield _open(source, source, tokenizer)
+        yield _open(source, source, base)
 
 
-def _open(folder: Path, source: Path, tokenizer: Path | None) -> Checkpoint:
-    if not folder.is_dir():
-        raise RequestError(source, "there is no such folder or file", "check the path")
+def _open(folder: Path, source: Path, base: Path | None) -> Checkpoint:
     if not (folder / _CONFIG).is_file() and not (folder / _CONTEXT).is_dir():
         # NeMo 2's runs have whole checkpoints below them.
         for below in (folder, folder / "checkpoints"):
@@ -147,14 +165,14 @@ def _open(folder: Path, source: Path, tokenizer: Path | None) -> Checkpoint:
             if last:
                 folder = _only(last, source)
                 break
-    if (folder / _CONTEXT).is_dir():
-        context = folder / _CONTEXT
-        found = tokenizer or _first(context / _TOKENIZER["nemo2"], context)
-        model = nemo_config.read_nemo2(context, _size(found))
+    context, config = folder / _CONTEXT, folder / _CONFIG
+    if context.is_dir():
+        tokenizer = base or _first(context / _TOKENIZER["nemo2"], context)
+        model = nemo_config.read_nemo2(context, _size(tokenizer))
         weights, generation = folder / _WEIGHTS["nemo2"], context / "artifacts" / _GENERATION
-    elif (folder / _CONFIG).is_file():
-        found = tokenizer or _tokenizer_of_nemo1(folder, source)
-        model = nemo_config.read_nemo1(folder / _CONFIG, _size(found))
+    elif config.is_file():
+        tokenizer = base or _tokenizer_of_nemo1(folder, source)
+        model = nemo_config.read_nemo1(config, _size(tokenizer))
         weights, generation = folder / _WEIGHTS["nemo1"], folder / _GENERATION
         if not weights.is_dir():
             weights = _only(sorted(folder.glob("*-last")), source)
@@ -164,9 +182,35 @@ def _open(folder: Path, source: Path, tokenizer: Path | None) -> Checkpoint:
             f"is no checkpoint of NeMo: neither {_CONTEXT}/ (of NeMo 2) nor {_CONFIG} (of NeMo 1)",
             "name the folder that holds it",
         )
+    if base is not None:
+        model = _agreed(model, base, source)
     return Checkpoint(
-        model, _tensors(weights, model), found, generation if generation.is_file() else None
-    )
+        model, _tensors(weights, model),
+        tokenizer if tokenizer and _is_tokenizer(tokenizer) else None,
+        generation if generation.is_file() else None,
+    )  # fmt: skip
+
+
+def _agreed(model: Model, base: Path, source: Path) -> Model:
+    """The shape of the base, whose vocabulary may be another than the tokenizer's.
+
+    Raises:
+        RequestError: what NeMo states differs from it.
+    """
+    there = llama.model_of(hf.read_config(base), base / "config.json")
+    changes = {"vocabulary_size": there.vocabulary_size, "init_std": model.init_std}
+    stated = model.model_copy(update={"vocabulary_size": there.vocabulary_size})
+    llama.check_same_shape(stated, there, source, base)
+    return there.model_copy(update=changes)
+
+
+def _file(path: Path) -> Path | None:
+    found = path.expanduser()
+    return found.resolve() if found.is_file() else None
+
+
+def _is_tokenizer(path: Path) -> bool:
+    return path.is_file() or tokenizers.is_there(path)
 
 
 def _first(*folders: Path) -> Path | None:
@@ -189,7 +233,9 @@ def _only(found: list[Path], source: Path) -> Path:
 
 def _size(tokenizer: Path | None) -> int:
     """The vocabulary of a checkpoint that states none; without a tokenizer 0, which none has."""
-    return 0 if tokenizer is None else tokenizers.read(tokenizer).size
+    if tokenizer is None or not _is_tokenizer(tokenizer):
+        return 0
+    return tokenizers.read(tokenizer).size
 
 
 def _tokenizer_of_nemo1(folder: Path, source: Path) -> Path | None:
@@ -199,7 +245,7 @@ def _tokenizer_of_nemo1(folder: Path, source: Path) -> Path | None:
         places.insert(0, folder / stated.removeprefix("nemo:"))
     elif stated is not None:
         places += [Path(stated), source.parent / stated]
-    return next((one for one in places if one.is_file() or tokenizers.is_there(one)), None)
+    return next((one for one in places if _is_tokenizer(one)), None)
 
 
 def _tensors(weights: Path, model: Model) -> Tensors:
@@ -246,10 +292,13 @@ def _write(
     weights = folder / _WEIGHTS[kind]
     weights.mkdir()
     # As many rows as the vocabulary, as NeMo's own importer has it.
-    torch_dist.write(
-        weights, _Rows(tensors, model.vocabulary_size), prefix=PREFIX[kind],
-        empty=[f"{PREFIX[kind]}{name}" for name in _states(model)],
-    )  # fmt: skip
+    rows_of_vocabulary = _Rows(tensors, model.vocabulary_size)
+    shapes = {name: rows_of_vocabulary.stored[name].shape for name in llama.mcore_shapes(model)}
+    with audit.passing(rows_of_vocabulary, shapes, source) as passed:
+        torch_dist.write(
+            weights, passed, prefix=PREFIX[kind],
+            empty=[f"{PREFIX[kind]}{name}" for name in _states(model)],
+        )  # fmt: skip
     common = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": "2.4.0", "state_dict": {},
               "optimizer_states": [], "lr_schedulers": []}  # fmt: skip
     torch.save(common, weights / "common.pt")
@@ -257,13 +306,13 @@ def _write(
     dtype = tensors.stored[_EMBEDDING].dtype
     there, generation = tokenizers.is_there(source), (source / _GENERATION).is_file()
     if kind == "nemo1":
-        nemo_config.write_nemo1(folder / _CONFIG, model, dtype, str(tokenizer) if there else None)
+        nemo_context.write_nemo1(folder / _CONFIG, model, dtype, str(tokenizer) if there else None)
         beside = folder
     else:
         beside = folder / _CONTEXT / "artifacts"
         (folder / _CONTEXT).mkdir()
         name = _TOKENIZER[kind] if there else None
-        nemo_config.write_nemo2(folder / _CONTEXT, model, dtype, tokenizer=name,
+        nemo_context.write_nemo2(folder / _CONTEXT, model, dtype, tokenizer=name,
                                 generation=generation)  # fmt: skip
     if generation:
         beside.mkdir(exist_ok=True)
@@ -289,26 +338,6 @@ def _states(model: Model) -> Iterator[str]:
         for layer in range(model.layers):
             yield f"{torch_dist.STACKED}{part}._extra_state/shard_{layer}_{model.layers}"
     yield "decoder.final_layernorm._extra_state/shard_0_1"
-
-
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A folder on the same disk, gone afterwards."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        yield Path(folder)
-
-
-@contextmanager
-def _unpacked(archive: Path) -> Iterator[Path]:
-    with _beside(archive) as folder:
-        try:
-            with tarfile.open(archive) as tar:
-                tar.extractall(folder, filter="data")
-        except (tarfile.TarError, EOFError) as error:
-            raise RequestError(archive, f"is no whole archive of NeMo: {error}",
-                               "bring the file again") from None  # fmt: skip
-        yield folder
 
 
 class _Named:

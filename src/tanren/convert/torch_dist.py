@@ -358,8 +358,9 @@ def _write_empty(path: Path, names: list[str]) -> list[Record]:
     nothing = io.BytesIO()
     # megatron-core stores a list, of what each rank with this object has.
     torch.save([None], nothing)
-    path.write_bytes(nothing.getvalue())
-    return [Record(name, path.name, 0, nothing.tell()) for name in names]
+    each_takes = nothing.tell()
+    path.write_bytes(nothing.getvalue() * len(names))
+    return [Record(name, path.name, at * each_takes, each_takes) for at, name in enumerate(names)]
 
 
 def _parts(name: str, stored: Stored) -> Iterator[_Part]:
