@@ -160,7 +160,8 @@ def test_the_newest_of_several_is_taken(tmp_path: Path) -> None:
 def test_tokenizer_and_generation_settings_are_carried(tmp_path: Path) -> None:
     from tanren.data.tokenizer import train
 
-    source = models.write(tmp_path / "hf", config={"eos_token_id": 1})
+    model = SHAPE.model_copy(update={"vocabulary_size": 260})
+    source = models.write(tmp_path / "hf", model, {"eos_token_id": 1})
     train(["The smith folds the steel."] * 20, 256, source)
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": [1, 9]}')
