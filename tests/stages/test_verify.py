@@ -15,7 +15,8 @@ import torch
 from tanren.config.errors import WorkError
 from tanren.data import tokenizer as tokenizers
 from tanren.stages import verify
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, Tanren
+from tests.convert import models
 from tests.stages.verify_runs import SHAPE
 
 
@@ -73,6 +74,29 @@ def test_two_folders_are_compared_as_well(results: dict[str, Any]) -> None:
     assert results["hf-right"] is None
     assert results["hf-theta"] == "layer 0 attention"
     assert results["fewer"] == "the two models have 3 and 2 layers"
+
+
+def test_a_conversion_compares_before_its_result_gets_its_name(results: dict[str, Any]) -> None:
+    # Of what is rounded, what it is compared with is rounded, too.
+    for name in ("in", "out", "in-bf16", "out-bf16"):
+        assert results[name] == [True, 2 * SHAPE.layers + 3, True], name
+    for name in ("bug-in", "bug-out"):
+        place, problem, left = results[name]
+        assert Path(place).name == name
+        assert problem.startswith("layer 0 attention computes something else")
+        assert sorted(left) == ["in", "in-bf16", "out", "out-bf16"]
+
+
+def test_the_command_prints_the_table(bare: Tanren, tmp_path: Path) -> None:
+    models.write(tmp_path / "hf")
+    done = bare("convert", "hf-to-mcore", str(tmp_path / "hf"), str(tmp_path / "mcore"), "--verify")
+    assert done.code == 0, done.text
+    assert done.err == ""
+    words = [line.split()[:2] for line in done.out.splitlines()]
+    for row in (["layer", "0"], ["layer", "2"], ["final", "norm"]):
+        assert row in words, done.out
+    assert "48 tokens, fp32" in done.out
+    assert (tmp_path / "mcore" / "release").is_dir()
 
 
 def test_a_failure_names_the_first_place_that_differs() -> None:

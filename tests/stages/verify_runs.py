@@ -15,9 +15,10 @@ from typing import Any
 import orjson
 import torch
 
-from tanren.config.errors import RequestError
+from tanren.config.errors import RequestError, WorkError
 from tanren.config.model import Model, RopeScaling
-from tanren.convert import hf, llama
+from tanren.convert import hf, interchange, llama
+from tanren.convert.interchange import Options
 from tanren.convert.tensors import Held
 from tanren.stages import verify
 from tests.convert.held import whole
@@ -90,6 +91,37 @@ def poison(there: Weights) -> None:
     there[FC2][2, 5, 5] = float("nan")
 
 
+def conversions(root: Path) -> dict[str, Any]:
+    """Whole conversions that compare both sides: right, rounded, and by projection on each way."""
+    found: dict[str, Any] = {}
+    shown: list[verify.Report] = []
+
+    def convert(name: str, way: Any, source: Path, dtype: str | None = None) -> None:
+        target = root / "made" / name
+        compared = verify.comparison(target, shown.append, lambda doing: None)
+        try:
+            way(source, target, Options(dtype=dtype, verify=compared), lambda doing: None)
+        except WorkError as error:
+            found[name] = [error.place, error.problem, [one.name for one in root.glob("made/*")]]
+        else:
+            found[name] = [shown[-1].failed is None, len(shown[-1].differences), target.exists()]
+
+    there = write(root / "source", SHAPE, weights(SHAPE))
+    convert("in", interchange.hf_to_mcore, there)
+    convert("out", interchange.mcore_to_hf, root / "made" / "in")
+    convert("in-bf16", interchange.hf_to_mcore, there, "bf16")
+    convert("out-bf16", interchange.mcore_to_hf, root / "made" / "in", "bf16")
+    join, split = llama._join_qkv, llama._split_qkv
+    sizes = [one.shape[0] for one in split(SHAPE, torch.empty(128, 64))]
+    llama._join_qkv = lambda model, parts: torch.cat(parts)
+    convert("bug-in", interchange.hf_to_mcore, there)
+    llama._join_qkv = join
+    llama._split_qkv = lambda model, tensor: list(torch.split(tensor, sizes))
+    convert("bug-out", interchange.mcore_to_hf, root / "made" / "in")
+    llama._split_qkv = split
+    return found
+
+
 def main(root: Path) -> dict[str, Any]:
     cases: dict[str, tuple[Model, Callable[[Weights], None] | None, dict[str, Any]]] = {
         "right": (SHAPE, None, {}),
@@ -128,6 +160,7 @@ def main(root: Path) -> dict[str, Any]:
             "largest": max(one.relative for one in report.differences),
             "tokens": report.tokens,
         }
+    results |= conversions(root)
     # Two folders against each other; and models that cannot be compared.
     right, ids = root / "right", verify.ids_for(None, SHAPE)
     for name, other in (("hf-right", right), ("hf-theta", root / "theta")):

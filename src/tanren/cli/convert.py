@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -57,6 +58,10 @@ Like = Annotated[
     Optional[Path],
     typer.Option("--like", help="a Hugging Face folder: its config.json, tokenizer, template"),
 ]
+Verify = Annotated[
+    bool,
+    typer.Option("--verify", help="compute with both sides on the CPU, and refuse what differs"),
+]
 ShardSize = Annotated[
     str, typer.Option("--max-shard-size", help="of a safetensors file, e.g. 500MB")
 ]
@@ -66,9 +71,12 @@ ShardSize = Annotated[
     "hf-to-mcore",
     epilog="Example: bin/tanren convert hf-to-mcore models/llm-jp-4-8b checkpoints/llm-jp-4-8b",
 )
-def hf_to_mcore(source: Source, target: Target, dtype: Type = None, force: Force = False) -> None:
+def hf_to_mcore(
+    source: Source, target: Target, dtype: Type = None, force: Force = False,
+    verify: Verify = False,
+) -> None:  # fmt: skip
     """A Hugging Face folder to a megatron-core checkpoint, for any layout."""
-    _by_hand("hf_to_mcore", source, target, dtype, force)
+    _by_hand("hf_to_mcore", source, target, dtype, force, verify)
 
 
 @convert.command(
@@ -77,10 +85,10 @@ def hf_to_mcore(source: Source, target: Target, dtype: Type = None, force: Force
 )
 def mcore_to_hf(
     source: Source, target: Target, dtype: Type = None, force: Force = False,
-    max_shard_size: ShardSize = "5GB", like: Like = None,
+    verify: Verify = False, max_shard_size: ShardSize = "5GB", like: Like = None,
 ) -> None:  # fmt: skip
     """A megatron-core checkpoint, of any layout, to a Hugging Face folder."""
-    _by_hand("mcore_to_hf", source, target, dtype, force, max_shard_size, like=like)
+    _by_hand("mcore_to_hf", source, target, dtype, force, verify, max_shard_size, like=like)
 
 
 class Format(str, Enum):
@@ -96,12 +104,13 @@ class Format(str, Enum):
 )
 def hf_to_nemo(
     source: Source, target: Target, dtype: Type = None, force: Force = False,
+    verify: Verify = False,
     format_: Annotated[
         Format, typer.Option("--format", help="NeMo's; nemo1 also as a file DST.nemo")
     ] = Format.nemo2,
 ) -> None:  # fmt: skip
     """A Hugging Face folder to a NeMo checkpoint."""
-    _by_hand("hf_to_nemo", source, target, dtype, force, kind=format_.value)
+    _by_hand("hf_to_nemo", source, target, dtype, force, verify, kind=format_.value)
 
 
 @convert.command(
@@ -110,14 +119,14 @@ def hf_to_nemo(
 )
 def nemo_to_hf(
     source: Source, target: Target, dtype: Type = None, force: Force = False,
-    max_shard_size: ShardSize = "5GB", like: Like = None,
+    verify: Verify = False, max_shard_size: ShardSize = "5GB", like: Like = None,
 ) -> None:  # fmt: skip
     """A checkpoint of NeMo 1 or 2, or the run that holds it, to a Hugging Face folder."""
-    _by_hand("nemo_to_hf", source, target, dtype, force, max_shard_size, like=like)
+    _by_hand("nemo_to_hf", source, target, dtype, force, verify, max_shard_size, like=like)
 
 
 def _by_hand(
-    name: str, source: Path, target: Path, dtype: Dtype | None, force: bool,
+    name: str, source: Path, target: Path, dtype: Dtype | None, force: bool, verify: bool,
     max_shard_size: str = "5GB", **more: Any,
 ) -> None:  # fmt: skip
     """Run a function of convert/interchange.py or convert/nemo.py, and say what it made."""
@@ -127,14 +136,24 @@ def _by_hand(
     from tanren.report import terminal
 
     native.complete()
+    if verify:
+        from tanren.stages import verify as sides
+
+        sides.on_cpu()
     from tanren.convert import interchange, nemo
 
     signal.signal(signal.SIGTERM, terminated)
-    options = interchange.Options(
-        dtype.value if dtype else None, force, interchange.shard_size(max_shard_size)
-    )
+    shard_bytes = interchange.shard_size(max_shard_size)
+    options = interchange.Options(dtype.value if dtype else None, force, shard_bytes)
     screen, began = terminal.console(), time.monotonic()
     with terminal.working(screen) as say:
+        if verify:
+            from tanren.report.verify import print_report
+
+            compared = sides.comparison(
+                target, lambda report: print_report(report.as_dict(), screen), say
+            )
+            options = replace(options, verify=compared)
         made: Made = getattr(nemo if "nemo" in name else interchange, name)(
             source, target, options, say, **more
         )

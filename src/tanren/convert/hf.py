@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -221,12 +221,14 @@ def write_model(
     base: Path | None,
     end_ids: tuple[int, ...] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    verify: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write a whole Hugging Face folder; it appears when it is whole.
+    """Write a whole Hugging Face folder; it appears when it is whole, and has passed the gate.
 
     Args:
         tensors: under Hugging Face's names (`llama.to_hf`).
         tokenizer, base, end_ids: see `write_settings`.
+        verify: is given the folder before it gets its name; what it raises ends it.
     """
     from tanren.convert import audit  # which reads by this module
 
@@ -237,6 +239,7 @@ def write_model(
         write_settings(partial, model, dtype, tokenizer, base, end_ids)
         template.make_fast(partial)
         audit.check_hf(partial, model, values=False, place=folder)
+        verify(partial)
 
 
 class _Random:

@@ -26,6 +26,10 @@ _TRACKER = "latest_checkpointed_iteration.txt"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 Say = Callable[[str], None]
+# Compares what a Hugging Face folder computes with what these tensors under megatron-core's names
+# do, and raises where they differ. Those of the folder are rounded to the type first, if there is
+# one. (stages/verify.py has it, which is above this.)
+Verify = Callable[[Path, Tensors, Model, torch.dtype | None], None]
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,13 @@ class Options:
         dtype: bf16 or fp32; None leaves each tensor as it is.
         force: replace a result that is there.
         max_shard_bytes: of a safetensors file.
+        verify: what compares both sides before the result gets its name.
     """
 
     dtype: str | None = None
     force: bool = False
     max_shard_bytes: int = hf.MAX_SHARD_BYTES
+    verify: Verify | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,9 @@ def hf_to_mcore(source: Path, target: Path, options: Options, say: Say) -> Made:
             mcore.write_base(model, tensors, partial / RELEASE, place=source)
             write_hf_part(partial / HF, model, tensors, source)
             (partial / _TRACKER).write_text(RELEASE)
+            if options.verify is not None:
+                with mcore.open_checkpoint(partial / RELEASE) as written:
+                    options.verify(source, written, model, hf.DTYPES.get(options.dtype or ""))
     return Made(final, model.parameters, sum(sizes(tensors)))
 
 
@@ -116,9 +125,14 @@ def mcore_to_hf(
         folders.check_room(final, sizes(tensors))
         say(f"writing {model.parameters / 1e9:.2f} B parameters")
         tokenizer = base if base and tokenizers.is_there(base) else None
+
+        def verify(partial: Path) -> None:
+            if options.verify is not None:
+                options.verify(partial, cast(stored, options.dtype), model, None)
+
         hf.write_model(
-            final, model, tensors,
-            tokenizer=tokenizer, base=base, max_shard_bytes=options.max_shard_bytes,
+            final, model, tensors, tokenizer=tokenizer, base=base,
+            max_shard_bytes=options.max_shard_bytes, verify=verify,
         )  # fmt: skip
     return Made(final, model.parameters, sum(sizes(tensors)))
 

@@ -94,10 +94,12 @@ def hf_to_nemo(
         if archive:
             with archives.beside(final) as folder:
                 _write(folder, kind, model, tensors, source, source)
+                _verify(folder, source, model, options)
                 archives.pack(folder, final)
         else:
             with runs.whole_folder(final) as partial:
                 _write(partial, kind, model, tensors, source, final / _TOKENIZER[kind])
+                _verify(partial, source, model, options)
     return Made(final, model.parameters, sum(sizes(tensors)))
 
 
@@ -135,7 +137,16 @@ def nemo_to_hf(
                 shutil.copyfile(there.generation, partial / _GENERATION)
             template.make_fast(partial)
             audit.check_hf(partial, there.model, values=False, place=final)
+            if options.verify is not None:
+                options.verify(partial, cast(there.tensors, options.dtype), there.model, None)
     return Made(final, there.model.parameters, sum(sizes(tensors)))
+
+
+def _verify(folder: Path, source: Path, model: Model, options: Options) -> None:
+    """Compare what was written with what it was made from, if that is asked for."""
+    if options.verify is not None:
+        written = _open(folder, folder, source)
+        options.verify(source, written.tensors, model, hf.DTYPES.get(options.dtype or ""))
 
 
 @contextmanager

@@ -7,7 +7,9 @@ computed itself, so that the last line is the difference of the logits.
 
 from __future__ import annotations
 
+import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from tanren.config.errors import RequestError, WorkError
 from tanren.config.model import Model
 from tanren.config.training import Layout
 from tanren.convert import hf
-from tanren.convert.tensors import Tensors, rows
+from tanren.convert.tensors import Cast, Tensors, rows
 from tanren.data import tokenizer as tokenizers
 
 # Of the length of a token's vector. Layouts of one model differ by less than 1e-5 in fp32.
@@ -92,9 +94,47 @@ class Side(Protocol):
         ...
 
 
+def on_cpu() -> None:
+    """Keep this process off GPUs, and ready for megatron-core; before anything looked for one."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if not os.environ.get("TANREN_DEBUG"):
+        # What megatron-core says of libraries that it does not find is nothing to whoever asked.
+        warnings.simplefilter("ignore")
+    from tanren.engine import cpu, eager
+
+    cpu.hide_gpu_libraries()
+    eager.import_megatron()
+
+
+def comparison(
+    place: object, show: Callable[[Report], None], watch: Callable[[str], None]
+) -> Callable[[Path, Tensors, Model, torch.dtype | None], None]:
+    """What a conversion is given to compare its two sides with; see convert/interchange.py.
+
+    Args:
+        place: what an error names.
+        show: is given each report, also of a comparison that fails.
+        watch: is told what is being compared.
+    """
+
+    def compare_both(
+        folder: Path, tensors: Tensors, model: Model, dtype: torch.dtype | None
+    ) -> None:
+        ids = ids_for(folder if tokenizers.is_there(folder) else None, model)
+        report = verify(
+            folder, tensors, model, ids, place,
+            dtype=dtype, watch=lambda where: watch("comparing " + " ".join(where.split()[:2])),
+        )  # fmt: skip
+        show(report)
+        check(report, place)
+
+    return compare_both
+
+
 def verify(
     folder: Path, tensors: Tensors, model: Model, ids: list[int], place: object,
-    *, tolerance: float = TOLERANCE, watch: Callable[[str], None] = lambda doing: None,
+    *, dtype: torch.dtype | None = None, tolerance: float = TOLERANCE,
+    watch: Callable[[str], None] = lambda doing: None,
 ) -> Report:  # fmt: skip
     """Compare a Hugging Face folder with a checkpoint under megatron-core's names.
 
@@ -104,15 +144,20 @@ def verify(
     Args:
         ids: of the tokens, see `ids_for`.
         place: what an error names.
+        dtype: what the folder's tensors are rounded to first; None leaves them as they are.
         watch: is told what is being compared.
     Raises:
         RequestError: the two have no forward pass in common (other numbers of layers, a tensor
             lacks).
     """
     with hf.open_model(folder) as read:
-        one = Transformers(folder, read, positions(len(ids), model))
-        other = Megatron(model, tensors, positions(len(ids), model))
-        return compare(one, other, ids, place, tolerance=tolerance, watch=watch)
+        at = positions(len(ids), model)
+        one = Transformers(folder, read if dtype is None else Cast(read, dtype), at)
+        other = Megatron(model, tensors, at)
+        try:
+            return compare(one, other, ids, place, tolerance=tolerance, watch=watch)
+        finally:
+            other.close()
 
 
 def verify_hf(
@@ -293,6 +338,7 @@ class Megatron:
         from tanren.engine import cpu
         from tanren.engine.model import scale_rotary, transformer_config
 
+        self._leave = distributed.finalize
         self.layers, self.hidden = model.layers, model.hidden_size
         self.vocabulary = model.vocabulary_size
         self._tensors = tensors
@@ -336,6 +382,10 @@ class Megatron:
 
     def logits(self, hidden: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         return F.linear(hidden, rows(self._tensors, self._head, None, start, stop).float())
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self._leave()
 
     def _stored(self, name: str) -> str:
         """What a checkpoint calls a parameter: the local layers' norms stand on their own."""
