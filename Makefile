@@ -14,7 +14,7 @@ iteration = $(if $(ITER),--set 'iteration=$(ITER)')
 of = $(if $(filter-out midtrain,$(STAGE)),--set 'of=stage:$(STAGE)')
 recipe = recipes/$(TASK)/$@.yaml
 
-.PHONY: help setup doctor env-eval env-nemo fetch preprocess convert midtrain sft dpo pipeline export eval show generate fp8-gate bench plan submission build-image image-info lock shell status report wandb-sync logs cancel reproduce diff test test-images test-schedulers test-harness test-nemo check
+.PHONY: help setup doctor env-eval env-merge env-nemo fetch preprocess convert midtrain sft dpo pipeline export merge eval show generate fp8-gate bench plan submission build-image image-info lock shell status report wandb-sync logs cancel reproduce diff test test-images test-schedulers test-harness test-merge test-nemo check
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ doctor: ## what this machine has and lacks for each stage (GPUS=1: measures ever
 
 env-eval: ## .venv-eval with lm-evaluation-harness, for make eval
 	@bin/setup eval
+
+env-merge: ## .venv-merge with mergekit, for make merge
+	@bin/setup merge
 
 env-nemo: ## .venv-nemo with nemo-toolkit for a CPU, for make test-nemo
 	@bin/setup nemo
@@ -57,7 +60,10 @@ pipeline: ## STAGES=preprocess,convert,midtrain,export one after the other
 export: ## a checkpoint of STAGE=midtrain|sft|dpo to a Hugging Face folder
 	@bin/setup host && bin/tanren export $(recipe) $(options) $(waits) $(iteration) $(of) --needs
 
-eval: ## scores of the export of STAGE=midtrain|sft|dpo (TASKS=gsm8k,... LIMIT=)
+merge: ## a soup of models by mergekit, with what it stands on
+	@bin/setup host && $(if $(filter-out native,$(RUNTIME)),,bin/setup merge && )bin/tanren merge $(recipe) $(options) $(waits) --needs
+
+eval: ## scores of the export of STAGE=midtrain|sft|dpo, or of STAGE=merge (TASKS=gsm8k,... LIMIT=)
 	@bin/setup host && bin/setup eval && bin/tanren eval $(recipe) $(options) $(waits) $(iteration) $(of) $(if $(TASKS),--set 'tasks=[$(TASKS)]') $(if $(LIMIT),--set 'limit=$(LIMIT)') --needs
 
 show: ## N=3 examples of STAGE=sft|dpo, with what of them is trained on
@@ -122,6 +128,9 @@ test-schedulers: ## jobs of the schedulers that run here: Slurm, Grid Engine, a 
 
 test-harness: ## a tiny export scored by the real lm-evaluation-harness; installs it
 	@bin/setup dev && bin/setup eval && .venv/bin/python -m pytest -n 0 -m harness --durations 5
+
+test-merge: ## soups of tiny checkpoints by the real mergekit; installs it
+	@bin/setup dev && bin/setup merge && .venv/bin/python -m pytest -n 0 -m merge --durations 5
 
 test-nemo: ## conversions and training against the real nemo-toolkit; installs it
 	@bin/setup dev && bin/setup nemo && .venv/bin/python -m pytest -n 0 -m nemo --durations 5

@@ -40,12 +40,21 @@ def main() -> None:
           + ", ".join(f"{name} {there[name]}" for name in shown if name in there))  # fmt: skip
     if image in TRAINS:
         train_one_step(repository)
+    if image == "merge":
+        import_the_stage(repository)
     import torch
 
     if torch.cuda.is_available() and "transformer-engine" in there:
         multiply_on_gpu()
     else:
         print(f"check {image}: no GPU here, matrix products in bf16 and FP8 were not tried")
+
+
+def import_the_stage(repository: Path) -> None:
+    """The stage that runs in this image, with what tanren's own modules import."""
+    sys.path.insert(0, str(repository / "src"))
+    for name in ("__main__", "merge"):
+        importlib.import_module(f"tanren.stages.{name}")
 
 
 def train_one_step(repository: Path) -> None:

@@ -1,4 +1,4 @@
-"""Environments apart from the engine's own packages: .venv-eval and .venv-nemo."""
+"""Environments apart from the engine's own packages: .venv-eval, .venv-merge, .venv-nemo."""
 
 from __future__ import annotations
 
@@ -75,6 +75,9 @@ class Environment:
 
 HARNESS = Environment(
     "eval", "lm-eval", "TANREN_EVAL_PYTHON", ("eval.in", "eval.txt", "native.txt"), "evaluation"
+)
+MERGE = Environment(
+    "merge", "mergekit", "TANREN_MERGE_PYTHON", ("merge.in", "merge.txt"), "merging"
 )
 NEMO = Environment(
     "nemo", "nemo-toolkit", "TANREN_NEMO_PYTHON", ("nemo-cpu.txt", "native.txt"), "NeMo"

@@ -288,7 +288,7 @@ def test_a_list_is_read_whole(folder: Folder) -> None:
             None,
             "pretrain.yaml: the file's name is not that of a stage.\n"
             "  next: one of preprocess.yaml, convert.yaml, midtrain.yaml, sft.yaml, dpo.yaml, "
-            "export.yaml, eval.yaml",
+            "export.yaml, merge.yaml, eval.yaml",
         ),
     ],
 )

@@ -63,6 +63,7 @@ STAGE_VERBS = {
     "sft": "Supervised fine-tuning on conversations. The same command again goes on.",
     "dpo": "Tuning on preferences. The same command again goes on where it stopped.",
     "export": "A checkpoint to a Hugging Face folder.",
+    "merge": "A soup: one Hugging Face model from several, by mergekit.",
     "eval": "The scores of an export, by lm-evaluation-harness.",
 }
 for name, does in STAGE_VERBS.items():

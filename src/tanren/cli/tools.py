@@ -196,7 +196,7 @@ def generate(
     stage = order.recipe_file.stem
     export = str(tools.newest_export(order))
     words = ["--tokens", str(tokens), "--seed", str(seed)]
-    words += [] if stage == "midtrain" else ["--chat"]
+    words += ["--chat"] if tools.asks_by_template(stage, Path(export)) else []
     if prompts is not None:
         file, output = prompts.absolute(), tools.answers_file(prompts.absolute())
         words += ["--file", str(file), "--output", str(output), "--batch", str(batch)]

@@ -19,6 +19,7 @@ from tanren.config.fields import (
     one_key_mapping,
     one_or_many,
 )
+from tanren.config.merge import Merge
 from tanren.config.training import Dpo, Midtrain, Sft
 
 
@@ -91,7 +92,7 @@ class Evaluation(Strict):
     job: Job = Job()
 
 
-Recipe = Preprocess | Convert | Midtrain | Sft | Dpo | Export | Evaluation
+Recipe = Preprocess | Convert | Midtrain | Sft | Dpo | Export | Merge | Evaluation
 
 STAGES: dict[str, type[Strict]] = {
     "preprocess": Preprocess,
@@ -100,5 +101,6 @@ STAGES: dict[str, type[Strict]] = {
     "sft": Sft,
     "dpo": Dpo,
     "export": Export,
+    "merge": Merge,
     "eval": Evaluation,
 }

@@ -12,11 +12,11 @@ from pathlib import Path
 from tanren import provenance, runs
 from tanren.config.errors import RequestError, TanrenError
 from tanren.config.load import read_user, repository
-from tanren.launch import container, fetching, parts, queue, submit
+from tanren.launch import container, fetching, parts, queue, soups, submit
 from tanren.launch.submit import Order, shown
 from tanren.plan.make import make_plan
 from tanren.plan.paths import APART_STAGES, RunFolder
-from tanren.plan.plan import Request, read_plan, reference, references
+from tanren.plan.plan import Request, product_behind, read_plan, references
 from tanren.plan.site import Place
 
 
@@ -61,13 +61,13 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
             repository(), order.allow_dirty or bool(os.environ.get("ALLOW_DIRTY"))
         )
         _refuse_unfetched(order, request, needs)
+    soups.check_jobs(request)
     waits, made_first = list(order.after), []
     for wanted in references(request.recipe):
         its_jobs = _needed(order, request, wanted, needs, say)
         if its_jobs:
             waits += its_jobs
-            name = reference(wanted, order.variant, order.name)
-            made_first.append(request.products[name].folder.root)
+            made_first.append(product_behind(request, wanted).folder.root)
     if start.done:
         say(f"{plan.stage} is done: {shown(plan.run)}")
         return ()
@@ -75,7 +75,7 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
         say(f"note: {note}")
     submit.check_disk(plan)
     inside = submit.container_for(order, request, place.type.gpus)
-    if plan.stage in APART_STAGES:
+    if plan.stage in APART_STAGES or plan.launch.own:
         submit.make_ready(plan.stage, inside)
     elif inside is None and place.type.gpus and order.runtime != "native":
         raise RequestError(
@@ -110,20 +110,17 @@ def _needed(
     order: Order, request: Request, wanted: str, needs: bool, say: Callable[[str], None]
 ) -> tuple[str, ...]:
     """The job to wait for before a stage can use another's product; none when it is there."""
-    name = reference(wanted, order.variant, order.name)
-    product = request.products[name]
+    product = product_behind(request, wanted)
     if product.result is not None:
         return ()
     live = queue.live_jobs(product.folder)
     if live:
         return tuple(live)[-1:]
-    there = [needed for needed in submit.missing(order, request)
-             if needed.recipe_file.stem == product.stage]  # fmt: skip
-    if not there:
+    needed = submit.needed(order, request, wanted)
+    if needed is None:
         return ()
     if not needs:
         submit.refuse_missing(order, request)
-    needed = there[0]
     place = place_for(needed)
     assert place is not None, needed
     return send(needed, place, True, say)[-1:]

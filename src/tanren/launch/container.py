@@ -122,11 +122,14 @@ def default_image(gpus: int) -> Image:
     return IMAGES["train" if gpus else "cpu"]
 
 
-def choose(wanted: str | None, gpus: int) -> Container | None:
+def choose(wanted: str | None, gpus: int, own: str | None = None) -> Container | None:
     """The container that stages run in here; None for this machine's own Python.
 
     Without a wish: the image for this machine (train where there are GPUs, else cpu) where both it
     and a container program are there.
+
+    Args:
+        own: the image of a stage that has one to itself, and uses no GPU.
 
     Raises:
         RequestError: the wish cannot be met, or the image is not this checkout's.
@@ -136,12 +139,12 @@ def choose(wanted: str | None, gpus: int) -> Container | None:
         raise RequestError(f"RUNTIME={wanted}", "there is no such runtime", " or ".join(RUNTIMES))
     if wanted == "native":
         return None
-    image = default_image(gpus)
+    image = image_named(own) if own else default_image(gpus)
     path = image_file(images_folder(), image)
     if wanted is None and not (path.exists() and find()):
         return None
     runtime = require(wanted)
-    return Container(runtime, path, check_definition(path, image), bool(gpus))
+    return Container(runtime, path, check_definition(path, image), bool(gpus) and not own)
 
 
 def binds(

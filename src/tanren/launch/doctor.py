@@ -14,7 +14,7 @@ from tanren.config.errors import RequestError, TanrenError
 from tanren.config.load import read_site, read_user, repository
 from tanren.config.site import Site, User
 from tanren.data import hub
-from tanren.environments import HARNESS
+from tanren.environments import HARNESS, MERGE, Environment
 from tanren.images.definition import IMAGES, read_versions
 from tanren.images.lock import check_definition, image_file
 from tanren.launch import container, queue, submit
@@ -76,7 +76,8 @@ def examine(site: str | None = None, outside: Outside | None = None) -> list[Gro
         ),
         Group("build-image, and stages in an image", tuple(_images(outside))),
         Group("jobs (submit)", tuple(_jobs(outside, name, user, stated=site is not None))),
-        Group("eval", tuple(_evaluation(outside))),
+        Group("eval", (_environment(outside, HARNESS, "lm-evaluation-harness"),)),
+        Group("merge", (_environment(outside, MERGE, "mergekit"),)),
         Group("fetch, and tracking", tuple(_network(outside, endpoint, asked))),
     ]
 
@@ -340,16 +341,14 @@ def _jobs(outside: Outside, name: str | None, user: User, *, stated: bool) -> It
         )
 
 
-def _evaluation(outside: Outside) -> Iterator[Finding]:
-    python = HARNESS.python(outside.environment)
+def _environment(outside: Outside, environment: Environment, name: str) -> Finding:
+    """Whether the environment that a stage has to itself is there."""
+    python, makes = environment.python(outside.environment), f"make env-{environment.part}"
     if not outside.which(str(python)):
-        yield Finding("lm-evaluation-harness", "warning", f"no {submit.shown(python)}",
-                      "make env-eval")  # fmt: skip
-    elif not HARNESS.is_current(python):
-        yield Finding("lm-evaluation-harness", "warning", "is of another lock than this "
-                      "checkout's", "make env-eval")  # fmt: skip
-    else:
-        yield Finding("lm-evaluation-harness", "ok", HARNESS.pinned())
+        return Finding(name, "warning", f"no {submit.shown(python)}", makes)
+    if not environment.is_current(python):
+        return Finding(name, "warning", "is of another lock than this checkout's", makes)
+    return Finding(name, "ok", environment.pinned())
 
 
 def _offline(outside: Outside) -> bool:

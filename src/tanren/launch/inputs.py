@@ -15,6 +15,7 @@ from typing import TypeVar, cast
 from tanren.config.data import ChatSet, Preprocess, Source
 from tanren.config.errors import RequestError
 from tanren.config.fields import SOURCE_NAME
+from tanren.config.merge import Merge, export_named
 from tanren.config.schema import Convert, Evaluation, Recipe
 from tanren.config.training import Midtrain, Tuning
 from tanren.data import hub, sources
@@ -47,6 +48,9 @@ def with_absolute_paths(recipe: R, folder: Path) -> R:
             "datasets": _absolute_sets(recipe.datasets, folder),
         }
         return cast(R, recipe.model_copy(update=changes))
+    if isinstance(recipe, Merge):
+        absolute = {one: _absolute_model(one, folder) for one in recipe.ingredients}
+        return cast(R, recipe.with_models(absolute))
     if isinstance(recipe, Evaluation):
         folder_of_tasks = _absolute(recipe.task_folder, folder)
         return recipe.model_copy(update={"task_folder": folder_of_tasks})
@@ -89,6 +93,19 @@ def _absolute_base(base: str, folder: Path) -> str:
     return base
 
 
+def _absolute_model(model: str, folder: Path) -> str:
+    """A soup's model: a stage's export as it is, a folder's path, or `owner/name@revision`."""
+    if export_named(model) is not None:
+        return model
+    return _absolute_base(f"hf:{model.removeprefix('hf:')}", folder).removeprefix("hf:")
+
+
+def _models(recipe: Recipe) -> list[str]:
+    """The models of a soup that no stage has made."""
+    ingredients = recipe.ingredients if isinstance(recipe, Merge) else ()
+    return [model for model in ingredients if export_named(model) is None]
+
+
 def paths(recipe: Recipe) -> list[str]:
     """The files and folders that a recipe names (patterns as they are)."""
     found = [one.path for one in sets_of(recipe)]
@@ -96,6 +113,7 @@ def paths(recipe: Recipe) -> list[str]:
     kind, _, where = _base(recipe).partition(":")
     if kind in ("hf", "checkpoint") and where.startswith("/"):
         found.append(glob.escape(where))
+    found += [glob.escape(model) for model in _models(recipe) if model.startswith("/")]
     return [path for path in found if path is not None]
 
 
@@ -115,6 +133,9 @@ def hub_parts(recipe: Recipe) -> dict[str, hub.Wanted]:
     base = _base(recipe)
     if base.startswith("hf:") and not base.startswith("hf:/"):
         found["base"] = hub.model_of(base)
+    for model in _models(recipe):
+        if not model.startswith("/"):
+            found[f"model {model}"] = hub.model_of(model)
     return found
 
 
@@ -136,7 +157,7 @@ def marks(recipe: Recipe) -> dict[str, str | None]:
     if tokenizer is not None:
         path = Path(tokenizer)
         found["tokenizer"] = (
-            _mark([path]) if path.is_file() else _mark_of_folder(path, "the tokenizer's")
+            _mark([path]) if path.is_file() else mark_of_folder(path, "the tokenizer's")
         )
     for one in sets_of(recipe):
         if one.path is not None:
@@ -147,7 +168,10 @@ def marks(recipe: Recipe) -> dict[str, str | None]:
             found["tasks"] = _mark_of_tasks(Path(recipe.task_folder))
     base = _base(recipe)
     if base.startswith("hf:/"):
-        found["base"] = _mark_of_folder(Path(base.removeprefix("hf:")), "the base model's")
+        found["base"] = mark_of_folder(Path(base.removeprefix("hf:")), "the base model's")
+    for model in _models(recipe):
+        if model.startswith("/"):
+            found[f"model {model}"] = mark_of_folder(Path(model), "the model's")
     for part, wanted in hub_parts(recipe).items():
         try:
             found[part] = hub.find(wanted).mark
@@ -193,7 +217,12 @@ def read_counts(path: Path) -> dict[str, int]:
     return found
 
 
-def _mark_of_folder(folder: Path, whose: str) -> str:
+def mark_of_folder(folder: Path, whose: str) -> str:
+    """A mark of a tokenizer's or a model's folder.
+
+    Raises:
+        RequestError: there is no such folder.
+    """
     if not folder.is_dir():
         raise RequestError(folder, "there is no such folder", f"check {whose} path")
     return _mark(path for pattern in _MODEL_FILES for path in folder.glob(pattern))

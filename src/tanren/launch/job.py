@@ -23,7 +23,7 @@ from tanren.launch.queue import Ordered
 from tanren.launch.scheduler import Allocation
 from tanren.plan.make import make_plan
 from tanren.plan.paths import APART_STAGES, RunFolder
-from tanren.plan.plan import Machine, Plan, Request
+from tanren.plan.plan import Machine, Plan, Request, own_image
 
 
 def run(
@@ -108,7 +108,7 @@ def _check_needs(order: Ordered) -> None:
 def _container(order: Ordered, request: Request) -> Container | None:
     if order.stage in APART_STAGES:
         return None
-    inside = container.choose(order.runtime, visible_gpus())
+    inside = container.choose(order.runtime, visible_gpus(), own_image(request.recipe))
     if inside is None:
         return None
     return replace(inside, binds=container.binds(request.recipe, request.runs, order.binds))

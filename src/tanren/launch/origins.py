@@ -24,7 +24,15 @@ from tanren.data import hub, sources
 from tanren.launch import inputs
 from tanren.launch.machine import cpu_name, gpus_and_driver
 from tanren.plan.paths import RunFolder
-from tanren.plan.plan import ConvertPlan, ExportPlan, MidtrainPlan, Plan, TrainingPlan, TuningPlan
+from tanren.plan.plan import (
+    ConvertPlan,
+    ExportPlan,
+    MergePlan,
+    MidtrainPlan,
+    Plan,
+    TrainingPlan,
+    TuningPlan,
+)
 from tanren.tokenfiles import bin_path, idx_path
 
 # What of the environment decides how a run computes or talks. None of it is a key.
@@ -73,7 +81,8 @@ def inputs_of(plan: Plan) -> dict[str, dict[str, Any]]:
         if tokenizer is not None:
             found["tokenizer"] = _files(Path(tokenizer), _TOKENIZER_FILES)
         for part, wanted in inputs.hub_parts(recipe).items():
-            name = part if part in ("tokenizer", "base") else f"data {part}"
+            weights = part == "base" or part.startswith("model ")
+            name = part if weights or part == "tokenizer" else f"data {part}"
             found[name] = _fetched(wanted)
     if isinstance(plan, MidtrainPlan) and plan.mix is not None and not plan.made_up:
         for share in plan.mix.sources:
@@ -104,6 +113,9 @@ def bases(plan: Plan) -> list[tuple[str, Path]]:
         found.append(("base", Path(plan.recipe.source.removeprefix("hf:"))))
     elif isinstance(plan, ExportPlan) and plan.iteration is not None:
         found.append(("base", RunFolder(Path(plan.source)).checkpoint(plan.iteration)))
+    elif isinstance(plan, MergePlan):
+        found += [(f"model {model}", Path(folder)) for model, folder in plan.folders.items()
+                  if folder and folder.startswith("/")]  # fmt: skip
     return found
 
 
@@ -216,7 +228,7 @@ def made_by(plan: Plan) -> dict[str, dict[str, Any]]:
     there = runs.iterations(folder)
     if there and isinstance(plan, ConvertPlan | TrainingPlan):
         found["checkpoint"] = base(folder.checkpoint(there[-1]))
-    if isinstance(plan, ExportPlan) and result.get("hf"):
+    if isinstance(plan, ExportPlan | MergePlan) and result.get("hf"):
         found["export"] = _files(Path(result["hf"]), _MODEL_FILES)
         found["weights"] = _files(Path(result["hf"]), ("*.safetensors",))
     return {name: one for name, one in found.items() if "missing" not in one}

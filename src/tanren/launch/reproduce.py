@@ -28,12 +28,21 @@ from tanren import provenance, runs
 from tanren.config.errors import RequestError, WorkError
 from tanren.config.load import recipe_path, repository
 from tanren.data import hub
+from tanren.environments import HARNESS, MERGE
 from tanren.images.lock import read_lock
 from tanren.launch import container, origins, queue
 from tanren.launch.machine import visible_gpus
 from tanren.launch.submit import runs_root, shown
 from tanren.plan.paths import RunFolder
-from tanren.plan.plan import ExportPlan, Plan, differences, parse_plan, reference, references
+from tanren.plan.plan import (
+    ExportPlan,
+    MergePlan,
+    Plan,
+    differences,
+    parse_plan,
+    reference,
+    references,
+)
 
 # Of a run that another stands on, these stay its own.
 _OWN = (".lock", ".worker", ".submit", "STOP", "jobs.json", "order.json", "hosts", "log", "hf")
@@ -200,7 +209,9 @@ def _data(last: Mapping[str, Any], plan: Plan, of: RunFolder, root: Path) -> lis
 
 def _needed(plan: Plan, of: RunFolder, root: Path) -> list[tuple[Path, bool]]:
     """The old folders of the runs that a plan's recipe names, and whether they are to be linked."""
-    found = []
+    found: list[tuple[Path, bool]] = []
+    if isinstance(plan, MergePlan):  # its recipe will name the folders themselves
+        return found
     for wanted in references(plan.recipe):
         name = reference(wanted, plan.variant, plan.name)
         passport = root / plan.task / name / "passport.json"
@@ -234,6 +245,9 @@ def prepare(replay: Replay, force: bool) -> tuple[list[str], dict[str, str]]:
     values = dict(replay.attempt["plan"]["recipe"])
     if isinstance(plan, ExportPlan):
         values["iteration"] = plan.iteration  # the newest then
+    if isinstance(plan, MergePlan):
+        there = {model: folder for model, folder in plan.folders.items() if folder is not None}
+        values = plan.recipe.with_models(there).model_dump(mode="json")
     text = f"# What {replay.of.root} was made by, resolved.\n" + yaml.safe_dump(values)
     runs.write_atomic(recipe_path(recipe, plan.variant), text.encode())
     model = values.get("model")
@@ -282,6 +296,9 @@ def _environment(replay: Replay) -> dict[str, str]:
         "TANREN_PYTHON": sys.executable,
         "ALLOW_DIRTY": "1",
     }
+    # The replay's own checkout has none of these.
+    for environment in (HARNESS, MERGE):
+        found.setdefault(environment.variable, str(environment.python()))
     user = repository() / "user.toml"
     if user.is_file():
         found.setdefault("TANREN_USER", str(user))

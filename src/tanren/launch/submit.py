@@ -23,10 +23,11 @@ from tanren.config.load import (
     recipe_path,
     repository,
 )
+from tanren.config.merge import Merge
 from tanren.config.schema import Convert, Evaluation, Recipe
 from tanren.config.training import Midtrain, Training
-from tanren.environments import HARNESS
-from tanren.launch import container, inputs, local, native, origins
+from tanren.environments import HARNESS, MERGE
+from tanren.launch import container, inputs, local, native, origins, soups
 from tanren.launch.container import Container
 from tanren.launch.machine import this_machine, visible_gpus
 from tanren.plan import training
@@ -47,6 +48,9 @@ from tanren.plan.plan import (
     comparable,
     differences,
     digest,
+    of_soup,
+    own_image,
+    product_behind,
     read_plan,
     reference,
     references,
@@ -145,7 +149,7 @@ def read_request(order: Order, machine: Machine | None = None) -> Request:
     recipe = inputs.with_absolute_paths(recipe, path.parent)
     model = read_model(recipe.model) if isinstance(recipe, Convert | Training) else None
     if machine is None:
-        inside = container.choose(order.runtime, visible_gpus())
+        inside = container.choose(order.runtime, visible_gpus(), own_image(recipe))
         machine = this_machine(in_image=inside is not None or stage in APART_STAGES)
     request = Request(
         task=path.parent.name,
@@ -167,6 +171,8 @@ def read_request(order: Order, machine: Machine | None = None) -> Request:
 
 def with_products(request: Request) -> Request:
     """A request with what the stages that it stands on, and its own run, have made by now."""
+    if isinstance(request.recipe, Merge):
+        return replace(request, products=soups.products(request))
     products = {}
     for wanted in references(request.recipe):
         name = reference(wanted, request.variant, request.name)
@@ -195,6 +201,8 @@ def with_products(request: Request) -> Request:
 
 def _with_current_export(recipe: Evaluation, products: dict[str, Product]) -> dict[str, Product]:
     """An export of another checkpoint than the wanted one is as good as none."""
+    if of_soup(recipe):
+        return products
     (_, source), (name, export) = products.items()
     wanted = recipe.iteration
     if wanted == "latest" and source.iterations:
@@ -244,6 +252,7 @@ def _made(folder: RunFolder, stage: str) -> dict[str, Any] | None:
         "preprocess": folder.tokenizer.is_dir() and folder.tokens.is_dir(),
         "convert": folder.checkpoint(0).is_dir() and hf.is_dir(),
         "export": hf.is_dir(),
+        "merge": hf.is_dir(),
         "eval": folder.scores.is_file(),
     }
     return result if there.get(stage, True) else None
@@ -273,19 +282,25 @@ def _check_names(order: Order) -> None:
 
 def missing(order: Order, request: Request) -> list[Order]:
     """The orders of the stages that this one stands on and that are not there."""
-    found = []
-    for wanted in references(request.recipe):
-        name = reference(wanted, order.variant, order.name)
-        product = request.products[name]
-        exportable = request.stage in ("export", "eval") and product.iterations
-        if product.result is None and not exportable:
-            found.append(_order_of(order, name, product.stage))
-            if product.stage == "export":
-                found[-1] = _export_for(order, found[-1], request.recipe)
-    return found
+    found = (needed(order, request, wanted) for wanted in references(request.recipe))
+    return [one for one in found if one is not None]
 
 
-def _order_of(order: Order, folder_name: str, stage: str) -> Order:
+def needed(order: Order, request: Request, wanted: str) -> Order | None:
+    """The order of the stage behind a reference; None where what it makes is there."""
+    product = product_behind(request, wanted)
+    exportable = request.stage in ("export", "eval") and product.iterations
+    if product.result is not None or exportable:
+        return None
+    if isinstance(request.recipe, Merge):
+        run = soups.run_of(wanted)
+        return soups.order_for(order, order_of(order, run, stage_of(run)), wanted)
+    plain = order_of(order, reference(wanted, order.variant, order.name), product.stage)
+    return _export_for(order, plain, request.recipe) if product.stage == "export" else plain
+
+
+def order_of(order: Order, folder_name: str, stage: str) -> Order:
+    """The order of another run of the same task, by its folder's name."""
     rest = folder_name.removeprefix(stage)
     variant, _, name = rest.removeprefix(".").partition("-") if rest else ("", "", "")
     return replace(
@@ -458,20 +473,22 @@ def container_for(
     if request.stage in APART_STAGES:
         return None
     gpus = visible_gpus() if gpus_per_node is None else gpus_per_node
-    inside = container.choose(order.runtime, gpus)
+    inside = container.choose(order.runtime, gpus, own_image(request.recipe))
     if inside is None:
         return None
     return replace(inside, binds=container.binds(request.recipe, request.runs, order.binds))
 
 
 def make_ready(stage: str, inside: Container | None) -> None:
-    """Make sure that what a stage runs in is there: the harness, or the engine's part of .venv.
+    """Make sure that what a stage runs in is there: its own environment, or the engine's part.
 
     Raises:
         RequestError: it is not, and cannot be made.
     """
     if stage in APART_STAGES:
         HARNESS.require()
+    elif inside is None and stage == "merge":
+        MERGE.require()
     elif inside is None:
         native.complete()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import orjson
 
+from tanren import runs
 from tanren.config.errors import RequestError, WorkError, error_from_dict
 from tanren.launch import container, local, native, submit
 from tanren.launch.machine import visible_gpus
@@ -70,6 +71,13 @@ def answers_file(prompts: Path) -> Path:
     return prompts.with_name(f"{prompts.name.removesuffix('.jsonl')}.answers.jsonl")
 
 
+def asks_by_template(stage: str, export: Path) -> bool:
+    """Whether a model is asked by its chat template: after sft and dpo, and a soup that has one."""
+    if stage == "merge":
+        return bool((runs.result_of(RunFolder(export.parents[1])) or {}).get("chat"))
+    return stage != "midtrain"
+
+
 def newest_export(order: Order) -> Path:
     """The export of a run's newest checkpoint that has one.
 
@@ -78,6 +86,8 @@ def newest_export(order: Order) -> Path:
     """
     stage, task = order.recipe_file.name.split(".")[0], order.recipe_file.resolve().parent.name
     folder = RunFolder(submit.runs_root() / task / run_name(stage, order.variant, order.name))
+    if (folder.hf_merged / "config.json").is_file():
+        return folder.hf_merged
     found = [
         path.parent
         for name in ("config.json", "adapter_config.json")
@@ -89,7 +99,6 @@ def newest_export(order: Order) -> Path:
             for key, value in (("VARIANT", order.variant), ("NAME", order.name))
             if value
         )
-        raise RequestError(
-            folder.hf, "holds no export", f"make export TASK={task} STAGE={stage}{options}"
-        )
+        makes = f"merge TASK={task}" if stage == "merge" else f"export TASK={task} STAGE={stage}"
+        raise RequestError(folder.hf, "holds no export", f"make {makes}{options}")
     return max(found)

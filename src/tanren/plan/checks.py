@@ -26,7 +26,10 @@ def check_vocabulary(
 
 def check_shape(place: str, model: Model, base: Path, there: Mapping[str, Any]) -> None:
     """Refuse a base of another shape, naming each field with both values."""
-    here = model.model_dump(mode="json")
+    here = {**model.model_dump(mode="json"), "head_size": model.head_width}
+    # One that follows from the others may be stated or not.
+    usual = there["hidden_size"] // there["attention_heads"]
+    there = {**there, "head_size": there.get("head_size") or usual}
     differing = [
         f"{key} {there.get(key)} there, {here[key]} here"
         for key in here

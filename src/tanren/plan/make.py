@@ -7,9 +7,11 @@ from typing import Any
 
 from tanren.config.data import Preprocess
 from tanren.config.errors import RequestError
+from tanren.config.merge import Merge
 from tanren.config.schema import Convert, Evaluation, Export
 from tanren.config.training import Midtrain, Tuning
 from tanren.plan.checks import check_vocabulary
+from tanren.plan.merge import merge_plan
 from tanren.plan.midtrain import midtrain_plan
 from tanren.plan.paths import TRAINING_STAGES
 from tanren.plan.plan import (
@@ -19,8 +21,10 @@ from tanren.plan.plan import (
     Launch,
     Plan,
     PreprocessPlan,
+    Product,
     Request,
     common,
+    of_soup,
     product_of,
     references,
     settings_of,
@@ -43,6 +47,8 @@ def make_plan(request: Request) -> Plan:
         return midtrain_plan(request, recipe)
     if isinstance(recipe, Tuning):
         return tuning_plan(request, recipe)
+    if isinstance(recipe, Merge):
+        return merge_plan(request, recipe)
     if isinstance(recipe, Evaluation):
         return _evaluation_plan(request, recipe)
     return _export_plan(request, recipe)
@@ -119,14 +125,20 @@ def _export_plan(request: Request, recipe: Export) -> ExportPlan:
 
 
 def _evaluation_plan(request: Request, recipe: Evaluation) -> EvaluationPlan:
-    source = product_of(request, recipe.of, *TRAINING_STAGES)
-    export = product_of(request, references(recipe)[1], "export")
+    source = product_of(request, recipe.of, *TRAINING_STAGES, "merge")
+    export = source
+    if not of_soup(recipe):
+        export = product_of(request, references(recipe)[1], "export")
+    elif recipe.iteration != "latest":
+        raise RequestError(
+            f"{request.recipe_file}: iteration", "a soup has none", "leave ITER= out"
+        )
     if request.machine.nodes > 1:
         raise RequestError(
             f"NODES={request.machine.nodes}", "the harness runs on one node", "leave NODES= out"
         )
     model = str(export.result["hf"]) if export.result else None
-    iteration = int(export.result["iteration"]) if export.result else None
+    iteration = export.result.get("iteration") if export.result else None
     if model is not None and Path(model).parents[1].name != source.folder.root.name:
         raise RequestError(
             export.folder.root, f"is the export of {model}, and not of {source.folder.root}",
@@ -135,7 +147,7 @@ def _evaluation_plan(request: Request, recipe: Evaluation) -> EvaluationPlan:
     inputs = dict(request.inputs) | {"export": export.identity}
     # How many at a time, and where tasks have their data, changes no answer.
     settings = settings_of(recipe, without=("batch_size", "offline", "task_folder"))
-    chat = source.stage != "midtrain" if recipe.chat is None else recipe.chat
+    chat = _asks_by_template(source) if recipe.chat is None else recipe.chat
     return EvaluationPlan(
         **common(
             request,
@@ -147,3 +159,10 @@ def _evaluation_plan(request: Request, recipe: Evaluation) -> EvaluationPlan:
         iteration=iteration,
         chat=chat,
     )
+
+
+def _asks_by_template(source: Product) -> bool:
+    """Models of sft and dpo are asked so, and soups that carry a template."""
+    if source.stage == "merge":
+        return bool((source.result or {}).get("chat"))
+    return source.stage != "midtrain"

@@ -60,7 +60,7 @@ def midtrain_plan(request: Request, recipe: Midtrain) -> MidtrainPlan:
             f"{place}: evaluation.sequences", recipe.evaluation.sequences, recipe, data_parallel
         )
     check_schedule(recipe, batch.steps, place)
-    base = begin(request, recipe, "convert", *TRAINING_STAGES)
+    base = begin(request, recipe, "convert", "merge", *TRAINING_STAGES)
     inputs: dict[str, Any] = {**request.inputs, "data": data.identity}
     if base.product is not None:
         inputs["init"] = base.identity

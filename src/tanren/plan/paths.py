@@ -172,6 +172,16 @@ class RunFolder:
         return self.hf / "base"
 
     @property
+    def hf_merged(self) -> Path:
+        """The soup that a merge has made."""
+        return self.hf / "merged"
+
+    @property
+    def mergekit(self) -> Path:
+        """What mergekit was asked for."""
+        return self.root / "mergekit.json"
+
+    @property
     def submission(self) -> Path:
         """Where the images are that answer with an export of this run."""
         return self.root / "submission"

@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from tanren.config.data import Preprocess
 from tanren.config.errors import RequestError
 from tanren.config.fields import Strict
+from tanren.config.merge import Merge, export_named
 from tanren.config.model import Model
 from tanren.config.schema import STAGES, Convert, Evaluation, Export, Recipe
 from tanren.config.training import Dpo, Midtrain, Sft, Training, Tuning
@@ -121,12 +122,16 @@ class Request:
 
 
 class Launch(Strict):
-    """Processes of the stage, on all nodes. Those of the `engine` join a process group."""
+    """Processes of the stage, on all nodes. Those of the `engine` join a process group.
+
+    `own` is the image or the environment that they run in instead of that of the engine.
+    """
 
     engine: bool
     processes: int
     device: Literal["cuda", "cpu"]
     nodes: int = 1
+    own: Literal["merge"] | None = None
 
     @property
     def torchrun(self) -> bool:
@@ -249,10 +254,19 @@ class ExportPlan(PlanBase):
     iteration: int | None
 
 
+class MergePlan(PlanBase):
+    stage: Literal["merge"] = "merge"
+    recipe: Merge
+    # Each model's folder, as the recipe names the model, in its order; None while it is not there.
+    # `owner/name@revision` stays, and is looked for in what was fetched.
+    folders: dict[str, str | None]
+
+
 class EvaluationPlan(PlanBase):
     stage: Literal["eval"] = "eval"
     recipe: Evaluation
-    # The exported folder, and the iteration that it is of; None while there is none.
+    # The exported folder, and the iteration that it is of; None while there is none, and a soup is
+    # of no iteration.
     model: str | None
     iteration: int | None
     # Asked by the chat template.
@@ -260,7 +274,14 @@ class EvaluationPlan(PlanBase):
 
 
 Plan = Annotated[
-    PreprocessPlan | ConvertPlan | MidtrainPlan | SftPlan | DpoPlan | ExportPlan | EvaluationPlan,
+    PreprocessPlan
+    | ConvertPlan
+    | MidtrainPlan
+    | SftPlan
+    | DpoPlan
+    | ExportPlan
+    | MergePlan
+    | EvaluationPlan,
     Field(discriminator="stage"),
 ]
 _PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
@@ -296,13 +317,18 @@ def parse_plan(value: bytes | Mapping[str, Any], place: object) -> Plan:
 def reference(stage_reference: str, variant: str | None, name: str | None) -> str:
     """The run folder's name that `stage:X` means inside a run of this variant and name.
 
-    Training stages and exports follow the run's variant and name, so that an export of NAME=a never
-    takes the weights of another run. Preparing stages are shared. A full name (`stage:midtrain-a`)
-    is taken as it is.
+    Training stages, soups and exports follow the run's variant and name, so that an export of
+    NAME=a never takes the weights of another run. Preparing stages are shared. A full name
+    (`stage:midtrain-a`) is taken as it is.
     """
     stage = stage_name(stage_reference)
-    follows = stage in TRAINING_STAGES or stage in EXPORTS
+    follows = stage in (*TRAINING_STAGES, *EXPORTS, "merge")
     return run_name(stage, variant, name) if follows else stage
+
+
+def own_image(recipe: Recipe) -> Literal["merge"] | None:
+    """The image, or the environment, that a recipe's stage has to itself."""
+    return "merge" if isinstance(recipe, Merge) else None
 
 
 def stage_name(stage_reference: str) -> str:
@@ -320,12 +346,28 @@ def references(recipe: Recipe) -> tuple[str, ...]:
         found = [recipe.tokenizer, recipe.init]
     elif isinstance(recipe, Export):
         found = [recipe.of]
+    elif isinstance(recipe, Merge):
+        return tuple(model for model in recipe.ingredients if export_named(model))
     elif isinstance(recipe, Evaluation):
+        if of_soup(recipe):
+            return (recipe.of,)
         whose = stage_of(stage_name(recipe.of))
         found = [recipe.of, f"stage:{run_name('export', None, None, whose)}"]
     else:
         found = []
     return tuple(r for r in found if r is not None and r.startswith("stage:"))
+
+
+def product_behind(request: Request, stage_reference: str) -> Product:
+    """The product of one of `references`. A soup names the export of a run by its whole name."""
+    if isinstance(request.recipe, Merge):
+        return request.products[stage_reference]
+    return request.products[reference(stage_reference, request.variant, request.name)]
+
+
+def of_soup(recipe: Evaluation) -> bool:
+    """Whether it is a soup that is evaluated, which is a Hugging Face folder without an export."""
+    return stage_of(stage_name(recipe.of)) == "merge"
 
 
 def stage_of(folder_name: str) -> str:
@@ -361,7 +403,7 @@ def settings_of(recipe: Strict, *, without: tuple[str, ...] = ()) -> dict[str, A
 
 def product_of(request: Request, stage_reference: str, *stages: str) -> Product:
     """The product that a recipe refers to, which must be of one of these stages."""
-    product = request.products[reference(stage_reference, request.variant, request.name)]
+    product = product_behind(request, stage_reference)
     if product.stage not in stages:
         raise RequestError(
             request.recipe_file,

@@ -65,6 +65,9 @@ def begin(request: Request, recipe: Training, *stages: str) -> Start:
     if product.result is None:
         return Start(recipe.init, product=product)
     check_shape(place, request.model, product.folder.root, product.result["model"])
+    if product.stage == "merge":
+        hf = str(product.result["hf"])
+        return Start(f"hf:{hf}", hf_source=hf, product=product)
     checkpoint = str(product.folder.checkpoint(int(product.result["iteration"])))
     trained_by_lora = product.result.get("lora") is not None
     return Start(

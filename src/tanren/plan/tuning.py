@@ -60,7 +60,7 @@ def tuning_plan(request: Request, recipe: Tuning) -> SftPlan | DpoPlan:
     recipe = fitted(model, recipe, data_parallel, rows, precision, request.machine.gpu)
     if isinstance(recipe, Sft):
         check_divides(f"{place}: global_batch", recipe.global_batch, recipe, data_parallel)
-    base = begin(request, recipe, "convert", *TRAINING_STAGES)
+    base = begin(request, recipe, "convert", "merge", *TRAINING_STAGES)
     tokenizer = None if made_up else _tokenizer(request, recipe, base)
     _check_template(recipe, base, place)
     inputs: dict[str, Any] = {**request.inputs, "init": base.identity}

@@ -16,6 +16,7 @@ from tanren.plan.plan import (
     EvaluationPlan,
     ExportPlan,
     Launch,
+    MergePlan,
     MidtrainPlan,
     Plan,
     PreprocessPlan,
@@ -48,6 +49,10 @@ def print_plan(
         rows.append(("parameters", f"{plan.model.parameters:,}"))
     elif isinstance(plan, ExportPlan):
         rows.append(("checkpoint", f"{shown(plan.source)}, iteration {plan.iteration}"))
+    elif isinstance(plan, MergePlan):
+        rows.append(("method", plan.recipe.merge_method))
+        rows += [(f"model {model}", shown(folder) if folder else "not exported yet")
+                 for model, folder in plan.folders.items()]  # fmt: skip
     elif isinstance(plan, EvaluationPlan):
         rows.append(("model", shown(plan.model) if plan.model else "not exported yet"))
         rows.append(("tasks", ", ".join(plan.recipe.tasks)))

@@ -30,7 +30,7 @@ from tanren.images.lock import Lock
 from tanren.launch.clusters import Row
 from tanren.launch.submit import shown
 from tanren.plan.paths import RunFolder
-from tanren.plan.plan import ConvertPlan, EvaluationPlan, ExportPlan, Plan, TrainingPlan
+from tanren.plan.plan import ConvertPlan, EvaluationPlan, ExportPlan, MergePlan, Plan, TrainingPlan
 from tanren.report.bench import print_bench
 from tanren.report.conversation import print_sets
 from tanren.report.small_curve import print_loss
@@ -181,6 +181,9 @@ def summary(plan: Plan, screen: Console) -> None:
         screen.print(f"  model      {shown(result['hf'])}", markup=False)
         _print_scores(result["scores"], screen)
         screen.print(f"  scores     {shown(plan.folder.scores)}", markup=False)
+    elif isinstance(plan, MergePlan):
+        screen.print(f"  soup       {plan.recipe.merge_method} of {len(plan.folders)} models")
+        screen.print(f"  model      [bold]{shown(result['hf'])}[/]")
     elif isinstance(plan, ExportPlan):
         screen.print(f"  model      [bold]{shown(result['hf'])}[/]")
         if result["sample"]:

@@ -33,7 +33,6 @@ def run(plan: EvaluationPlan, attempt: int) -> None:
         RequestError: a task is not there, or its data. WorkError: the harness fails.
     """
     assert plan.model is not None
-    assert plan.iteration is not None
     python, folder = HARNESS.require(), plan.folder.harness
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -1,0 +1,3 @@
+class MergeOptions:
+    def __init__(self, **options):
+        self.options = options
