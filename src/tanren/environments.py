@@ -82,3 +82,6 @@ MERGE = Environment(
 NEMO = Environment(
     "nemo", "nemo-toolkit", "TANREN_NEMO_PYTHON", ("nemo-cpu.txt", "native.txt"), "NeMo"
 )
+# Those that a plan names for the whole process of its stage.
+OWN = {one.part: one for one in (MERGE, NEMO)}
+EVERY = (HARNESS, *OWN.values())

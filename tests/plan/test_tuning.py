@@ -13,6 +13,7 @@ from rich.console import Console
 from tanren.config.errors import RequestError
 from tanren.config.load import read_model, read_recipe
 from tanren.config.training import Sft
+from tanren.plan.bench import Bench
 from tanren.plan.cost import Gpu
 from tanren.plan.make import make_plan
 from tanren.plan.paths import RunFolder
@@ -244,3 +245,40 @@ def test_rows_of_sft_are_as_long_as_its_sequences() -> None:
     _, recipe = read_recipe(RECIPES / "sft.yaml", None, [])
     assert isinstance(recipe, Sft)
     assert recipe.row_length == 256
+
+
+def test_nemo_trains_the_same_plan_in_its_own_environment() -> None:
+    plain, nemo = planned("sft"), planned("sft", "engine=nemo")
+    assert nemo.launch.nemo and not plain.launch.nemo
+    assert nemo.settings == plain.settings | {"engine": "nemo"}
+    assert nemo.start == plain.start
+
+
+def test_a_run_that_began_before_there_was_a_choice_of_engines_goes_on() -> None:
+    assert "engine" not in planned("sft").settings
+    assert "engine" not in planned("dpo").settings
+
+
+GPU: dict[str, Any] = {"machine": Machine(gpus=2, gpu=Gpu("NVIDIA H200", 139.0))}
+ADAPTED = product("sft", start="checkpoint:/b", lora={"rank": 4}, template="llmjp-instruct")
+
+
+@pytest.mark.parametrize(
+    ("stage", "sets", "fields", "problem"),
+    [
+        ("sft", ["lora={rank: 4}"], {}, "sft.yaml: lora: adapters are trained by engine: megatron"),
+        ("dpo", [], {"made": {"sft": ADAPTED}}, "dpo.yaml: init: stage:sft was tuned by LoRA"),
+        ("sft", ["precision=bf16", "fp8=delayed"], GPU, "sft.yaml: fp8: delayed is offered by"),
+        ("sft", ["layout.tensor=2", "layout.data=null"], GPU, "layout.tensor: engine: nemo spread"),
+        ("sft", ["layout.pipeline=2", "layout.data=null"], GPU, "layout.pipeline: engine: nemo"),
+        ("sft", ["precision=bf16", "optimizer.moments=bf16"], {}, "optimizer.moments: bf16 is off"),
+        ("sft", [], {"bench": Bench()}, "sft.yaml: engine: a bench measures engine: megatron"),
+    ],
+)
+def test_what_nemo_does_not_do_is_refused(
+    stage: str, sets: list[str], fields: dict[str, Any], problem: str
+) -> None:
+    planned(stage, *sets, **fields)  # the other engine does
+    text = refusal(stage, *sets, "engine=nemo", **fields)
+    assert problem in text
+    assert "next: " in text and "--set engine=megatron" in text

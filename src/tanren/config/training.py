@@ -302,6 +302,9 @@ class DevEvaluation(Strict):
 class Tuning(Training):
     """What sft and dpo share: conversations, their template, and for how long they are read.
 
+    `engine: nemo` trains with nemo-toolkit, in its own image or environment, and leaves checkpoints
+    of NeMo 2; what else a recipe says means the same.
+
     `template` is `llmjp-instruct`, or `model`: the chat template in the tokenizer's folder.
     `tokenizer` names that folder (a path, or stage:preprocess) where the base has none of its own.
 
@@ -310,6 +313,7 @@ class Tuning(Training):
     run (`too_long`).
     """
 
+    engine: Literal["megatron", "nemo"] = "megatron"
     tokenizer: str | None = None
     template: Literal["model", "llmjp-instruct"]
     datasets: Annotated[tuple[ChatSet, ...], Field(min_length=1)]

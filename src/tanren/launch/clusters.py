@@ -75,12 +75,15 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
         say(f"note: {note}")
     submit.check_disk(plan)
     inside = submit.container_for(order, request, place.type.gpus)
-    if plan.stage in APART_STAGES or plan.launch.own:
+    image = container.default_image(place.type.gpus, plan.launch.own).name
+    if plan.stage in APART_STAGES or plan.launch.own == "merge":
         submit.make_ready(plan.stage, inside)
     elif inside is None and place.type.gpus and order.runtime != "native":
         raise RequestError(
-            container.images_folder(), "holds no image for GPUs (train.sif), which the job needs",
-            "make build-image IMAGE=train, or RUNTIME=native where .venv has Transformer Engine",
+            container.images_folder(),
+            f"holds no image for GPUs ({image}.sif), which the job needs",
+            f"make build-image IMAGE={image}, or RUNTIME=native where its Python has Transformer "
+            "Engine",
         )  # fmt: skip
     after, others = queue.after_jobs(dict.fromkeys(waits), place, request.runs)
     # Grid Engine starts a job after any end of another; the job itself looks at these.

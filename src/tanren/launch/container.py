@@ -117,9 +117,9 @@ def places(gpu: bool) -> Places:
     )
 
 
-def default_image(gpus: int) -> Image:
-    """The image that stages run in on a machine with so many GPUs."""
-    return IMAGES["train" if gpus else "cpu"]
+def default_image(gpus: int, own: str | None = None) -> Image:
+    """The image that stages run in on a machine with so many GPUs, or `own`, a stage's own one."""
+    return IMAGES[own or ("train" if gpus else "cpu")]
 
 
 def choose(wanted: str | None, gpus: int, own: str | None = None) -> Container | None:
@@ -129,8 +129,7 @@ def choose(wanted: str | None, gpus: int, own: str | None = None) -> Container |
     and a container program are there.
 
     Args:
-        own: the image of a stage that has one to itself, and uses no GPU.
-
+        own: the image of a stage that has one to itself (merge, nemo).
     Raises:
         RequestError: the wish cannot be met, or the image is not this checkout's.
     """
@@ -139,12 +138,12 @@ def choose(wanted: str | None, gpus: int, own: str | None = None) -> Container |
         raise RequestError(f"RUNTIME={wanted}", "there is no such runtime", " or ".join(RUNTIMES))
     if wanted == "native":
         return None
-    image = image_named(own) if own else default_image(gpus)
+    image = default_image(gpus, own)
     path = image_file(images_folder(), image)
     if wanted is None and not (path.exists() and find()):
         return None
     runtime = require(wanted)
-    return Container(runtime, path, check_definition(path, image), bool(gpus) and not own)
+    return Container(runtime, path, check_definition(path, image), bool(gpus) and own != "merge")
 
 
 def binds(

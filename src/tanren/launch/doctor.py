@@ -14,7 +14,7 @@ from tanren.config.errors import RequestError, TanrenError
 from tanren.config.load import read_site, read_user, repository
 from tanren.config.site import Site, User
 from tanren.data import hub
-from tanren.environments import HARNESS, MERGE, Environment
+from tanren.environments import HARNESS, MERGE, NEMO, Environment
 from tanren.images.definition import IMAGES, read_versions
 from tanren.images.lock import check_definition, image_file
 from tanren.launch import container, queue, submit
@@ -78,6 +78,7 @@ def examine(site: str | None = None, outside: Outside | None = None) -> list[Gro
         Group("jobs (submit)", tuple(_jobs(outside, name, user, stated=site is not None))),
         Group("eval", (_environment(outside, HARNESS, "lm-evaluation-harness"),)),
         Group("merge", (_environment(outside, MERGE, "mergekit"),)),
+        Group("sft and dpo with engine: nemo", (_environment(outside, NEMO, "nemo-toolkit"),)),
         Group("fetch, and tracking", tuple(_network(outside, endpoint, asked))),
     ]
 

@@ -21,7 +21,7 @@ from tanren import runs, tracking
 from tanren.config.errors import EXIT_STOPPED, TanrenError, WorkError
 from tanren.config.load import read_user, repository
 from tanren.data import hub
-from tanren.environments import MERGE
+from tanren.environments import OWN
 from tanren.launch import container
 from tanren.launch.container import Container
 from tanren.plan.paths import RunFolder
@@ -52,7 +52,7 @@ def script(
         meeting: for several nodes; each finds its rank among them from the program that started it.
     """
     stage = ["-m", "tanren.stages", str(folder.plan), str(attempt)]
-    own = str(MERGE.python()) if launch.own == "merge" else sys.executable
+    own = str(OWN[launch.own].python()) if launch.own else sys.executable
     words = ["python3" if inside else own]
     here = launch.processes_per_node
     if launch.torchrun:

@@ -30,7 +30,7 @@ from tanren.config.model import Model
 from tanren.config.schema import STAGES, Recipe
 from tanren.config.site import User
 from tanren.data import hub
-from tanren.environments import HARNESS, MERGE
+from tanren.environments import EVERY
 from tanren.launch import container, scheduler
 from tanren.launch.scheduler import After, JobRequest, State
 from tanren.launch.submit import Order, shown
@@ -160,7 +160,7 @@ def script(folder: RunFolder, place: Place, task: str, segment: int = 1) -> str:
         "IMAGES": str(container.images_folder()),
         "DATA": str(hub.data_root()),
     }
-    own = [environment.variable for environment in (HARNESS, MERGE)]
+    own = [environment.variable for environment in EVERY]
     for name in ("TANREN_USER", "TANREN_CACHE", "HF_HOME", *own):
         if name in os.environ:
             environment[name] = os.environ[name]

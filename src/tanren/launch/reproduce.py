@@ -28,7 +28,7 @@ from tanren import provenance, runs
 from tanren.config.errors import RequestError, WorkError
 from tanren.config.load import recipe_path, repository
 from tanren.data import hub
-from tanren.environments import HARNESS, MERGE
+from tanren.environments import EVERY
 from tanren.images.lock import read_lock
 from tanren.launch import container, origins, queue
 from tanren.launch.machine import visible_gpus
@@ -297,7 +297,7 @@ def _environment(replay: Replay) -> dict[str, str]:
         "ALLOW_DIRTY": "1",
     }
     # The replay's own checkout has none of these.
-    for environment in (HARNESS, MERGE):
+    for environment in EVERY:
         found.setdefault(environment.variable, str(environment.python()))
     user = repository() / "user.toml"
     if user.is_file():

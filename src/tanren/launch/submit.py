@@ -26,7 +26,7 @@ from tanren.config.load import (
 from tanren.config.merge import Merge
 from tanren.config.schema import Convert, Evaluation, Recipe
 from tanren.config.training import Midtrain, Training
-from tanren.environments import HARNESS, MERGE
+from tanren.environments import HARNESS, MERGE, OWN
 from tanren.launch import container, inputs, local, native, origins, soups
 from tanren.launch.container import Container
 from tanren.launch.machine import this_machine, visible_gpus
@@ -528,6 +528,8 @@ def start(
         inside: the container to run it in; None for this machine's own Python.
         watch: given the folder and the attempt, gives what is called while the job runs.
     """
+    if plan.launch.own and inside is None:
+        OWN[plan.launch.own].require()
     folder = plan.folder
     folder.root.mkdir(parents=True, exist_ok=True)
     with runs.locked(folder.lock) as lock:

@@ -131,7 +131,7 @@ class Launch(Strict):
     processes: int
     device: Literal["cuda", "cpu"]
     nodes: int = 1
-    own: Literal["merge"] | None = None
+    own: Literal["merge", "nemo"] | None = None
 
     @property
     def torchrun(self) -> bool:
@@ -314,6 +314,11 @@ def parse_plan(value: bytes | Mapping[str, Any], place: object) -> Plan:
         ) from None
 
 
+def by_nemo(recipe: Recipe | Training) -> bool:
+    """Whether the stage of a recipe trains with nemo-toolkit."""
+    return isinstance(recipe, Tuning) and recipe.engine == "nemo"
+
+
 def reference(stage_reference: str, variant: str | None, name: str | None) -> str:
     """The run folder's name that `stage:X` means inside a run of this variant and name.
 
@@ -326,9 +331,11 @@ def reference(stage_reference: str, variant: str | None, name: str | None) -> st
     return run_name(stage, variant, name) if follows else stage
 
 
-def own_image(recipe: Recipe) -> Literal["merge"] | None:
+def own_image(recipe: Recipe | Training) -> Literal["merge", "nemo"] | None:
     """The image, or the environment, that a recipe's stage has to itself."""
-    return "merge" if isinstance(recipe, Merge) else None
+    if isinstance(recipe, Merge):
+        return "merge"
+    return "nemo" if by_nemo(recipe) else None
 
 
 def stage_name(stage_reference: str) -> str:

@@ -12,7 +12,7 @@ from tanren.plan.batch import data_parallel_size
 from tanren.plan.checks import check_layout, check_shape
 from tanren.plan.cost import check_memory
 from tanren.plan.memory import checkpoint_gib
-from tanren.plan.plan import Launch, Product, Request, product_of
+from tanren.plan.plan import Launch, Product, Request, own_image, product_of
 
 # A base that the recipe leaves to whoever starts the run, and how it is named.
 GIVEN = "given"
@@ -117,7 +117,10 @@ def launch_of(request: Request, recipe: Training, data_parallel: int) -> Launch:
             f"{processes} processes do not spread evenly over {nodes} nodes",
             f"state layout.data so that the processes are a multiple of {nodes}, or NODES=1",
         )
-    return Launch(engine=True, processes=processes, device=request.machine.device, nodes=nodes)
+    return Launch(
+        engine=True, processes=processes, device=request.machine.device, nodes=nodes,
+        own=own_image(recipe),
+    )  # fmt: skip
 
 
 def room_of(

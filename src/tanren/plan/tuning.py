@@ -10,8 +10,18 @@ from tanren.config.training import Dpo, Sft, Tuning
 from tanren.plan.batch import Cut, check_divides
 from tanren.plan.checks import check_schedule, check_vocabulary
 from tanren.plan.cost import estimated_hours, fitted
+from tanren.plan.nemo import check_nemo
 from tanren.plan.paths import TRAINING_STAGES, examples_cache
-from tanren.plan.plan import DpoPlan, Request, SftPlan, common, digest, product_of, settings_of
+from tanren.plan.plan import (
+    DpoPlan,
+    Request,
+    SftPlan,
+    by_nemo,
+    common,
+    digest,
+    product_of,
+    settings_of,
+)
 from tanren.plan.training import (
     FREE,
     Start,
@@ -61,12 +71,16 @@ def tuning_plan(request: Request, recipe: Tuning) -> SftPlan | DpoPlan:
     if isinstance(recipe, Sft):
         check_divides(f"{place}: global_batch", recipe.global_batch, recipe, data_parallel)
     base = begin(request, recipe, "convert", "merge", *TRAINING_STAGES)
+    if by_nemo(recipe):
+        check_nemo(request, recipe, base)
     tokenizer = None if made_up else _tokenizer(request, recipe, base)
     _check_template(recipe, base, place)
     inputs: dict[str, Any] = {**request.inputs, "init": base.identity}
     if recipe.tokenizer is not None and recipe.tokenizer.startswith("stage:"):
         inputs["tokenizer"] = product_of(request, recipe.tokenizer, "preprocess").identity
-    settings = settings_of(recipe, without=FREE) | {
+    # A run that began before there was a choice goes on.
+    left_out = FREE if by_nemo(recipe) else (*FREE, "engine")
+    settings = settings_of(recipe, without=left_out) | {
         "steps": recipe.steps,
         "shape": shape_settings(model),
         "precision": precision,
