@@ -56,6 +56,8 @@ def table(model: Model, lora: Lora) -> list[Adapter]:
 
 def settings_of(checkpoint: Path) -> Lora | None:
     """What a checkpoint of adapters says of them; None for a checkpoint of whole weights."""
+    if mcore.weights_of(checkpoint) != (checkpoint, ""):
+        return None  # NeMo's, with whole weights
     return settings_in(mcore.common_of(checkpoint))
 
 

@@ -100,9 +100,20 @@ def common_of(checkpoint: Path, *, trust: bool = False) -> dict[str, Any]:
     return common
 
 
+def weights_of(checkpoint: Path) -> tuple[Path, str]:
+    """Where the tensors of a checkpoint lie, and what stands before their names.
+
+    NeMo 2 keeps a torch_dist checkpoint in `weights`, with names that begin with `module.`.
+    """
+    weights = checkpoint / "weights"
+    return (weights, "module.") if (weights / ".metadata").exists() else (checkpoint, "")
+
+
 @contextmanager
 def open_checkpoint(checkpoint: Path) -> Iterator[Tensors]:
-    """A checkpoint's weights, whatever layout saved them; those of an optimizer are left out."""
+    """A checkpoint's weights, whatever layout saved them, in NeMo's folders, too; those of an
+    optimizer are left out.
+    """
     yield Checkpoint(checkpoint)
 
 
@@ -110,9 +121,10 @@ class Checkpoint:
     """The weights of a torch_dist checkpoint."""
 
     def __init__(self, checkpoint: Path, *, trust: bool = False) -> None:
-        self._boxes = torch_dist.Boxes(checkpoint, trust=trust)
+        folder, self._prefix = weights_of(checkpoint)
+        self._boxes = torch_dist.Boxes(folder, trust=trust)
         self.stored = {
-            name: stored
+            name.removeprefix(self._prefix): stored
             for name, stored in self._boxes.stored.items()
             if not name.startswith(_OPTIMIZER)
         }
@@ -120,16 +132,16 @@ class Checkpoint:
     def read(self, name: str, layer: int | None = None) -> torch.Tensor:
         shape = self._shape(name)
         if layer is None:
-            return self._boxes.read(name, (0,) * len(shape), shape)
+            return self._boxes.read(self._prefix + name, (0,) * len(shape), shape)
         return self.rows(name, layer, 0, shape[1])
 
     def rows(self, name: str, layer: int | None, start: int, stop: int) -> torch.Tensor:
         shape = self._shape(name)
         if layer is None:
             offsets = (start, *(0 for _ in shape[1:]))
-            return self._boxes.read(name, offsets, (stop - start, *shape[1:]))
+            return self._boxes.read(self._prefix + name, offsets, (stop - start, *shape[1:]))
         offsets = (layer, start, *(0 for _ in shape[2:]))
-        return self._boxes.read(name, offsets, (1, stop - start, *shape[2:]))[0]
+        return self._boxes.read(self._prefix + name, offsets, (1, stop - start, *shape[2:]))[0]
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if name not in self.stored:

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
@@ -122,18 +124,28 @@ def trained_weights(model: Llama) -> dict[str, Any]:
 
 
 def load_base(model: torch.nn.Module, checkpoint: Path, recipe_file: str) -> None:
-    """Load weights alone, from a checkpoint of any layout. Adapters stay as they are.
+    """Load weights alone, from a checkpoint of any layout, NeMo's too. Adapters stay as they are.
 
     Raises:
         RequestError: a tensor is missing or has another shape; each is named with both shapes.
     """
-    llama = unwrap_model(model)
+    llama = _gpt_in(model)
     adapters = adapter_keys(llama)
     weights = llama.sharded_state_dict()
     wanted = {"model": {key: value for key, value in weights.items() if key not in adapters}}
-    _check_shapes(wanted, checkpoint, recipe_file)
-    loaded = _load(wanted, checkpoint)
+    folder, prefix = mcore.weights_of(checkpoint)
+    add_prefix_for_sharding(wanted, prefix)
+    _check_shapes(wanted, folder, recipe_file)
+    loaded = _load(wanted, folder)
     _load_model(llama, loaded["model"], without=adapters)
+
+
+def _gpt_in(model: torch.nn.Module) -> Any:
+    """The GPTModel itself, whatever is around it: NeMo's module is one layer more."""
+    inner: Any = model
+    while not isinstance(inner, GPTModel):
+        inner = inner.module
+    return inner
 
 
 def load(state: TrainingState, checkpoint: Path) -> None:

@@ -195,7 +195,7 @@ def train(
     )
     # What is held out is the present data's: a new mix is measured where it begins.
     if held_out and state.iteration == budget.data_start:
-        _measure(state, objective, held_out, device, metrics)
+        measure(state, objective, held_out, device, metrics)
         timing.startup.reached("held-out")
     state.model.train()
     # Collections at random moments make ranks wait for one another; a fixed rhythm does not.
@@ -224,13 +224,13 @@ def train(
                 "data_seconds": round(timer.data_seconds, 4),
                 **ranks.look(state.iteration, total.forward),
             }
-            _record(
+            record(
                 state, objective, feed, budget, metrics, means, rate, grad_norm, seconds, device,
                 timed,
             )  # fmt: skip
             saver.poll()
             if held_out and held_out.every_steps and state.iteration % held_out.every_steps == 0:
-                _measure(state, objective, held_out, device, metrics)
+                measure(state, objective, held_out, device, metrics)
             if (
                 rhythm.due(state.iteration, total.late)
                 or state.iteration == budget.steps
@@ -253,7 +253,7 @@ def train(
     if state.iteration < budget.steps:
         return Outcome(state.iteration, stop.reason or "another rank", wall.share())
     if held_out and not (held_out.every_steps and budget.steps % held_out.every_steps == 0):
-        _measure(state, objective, held_out, device, metrics)
+        measure(state, objective, held_out, device, metrics)
     return Outcome(state.iteration, None, wall.share())
 
 
@@ -269,7 +269,7 @@ def _connect(state: TrainingState) -> None:
 
 
 @dataclass(frozen=True)
-class _Total:
+class Total:
     """Of a step, what the ranks told one another.
 
     `sums` are the reports of the global batch; `stop` and `late` whether any rank was asked to
@@ -294,7 +294,7 @@ def _step(
     saver: Saver,
     rhythm: Rhythm,
     timer: StepTimer,
-) -> tuple[dict[str, float], float, _Total]:
+) -> tuple[dict[str, float], float, Total]:
     """One optimizer step: its means, its gradient norm, and what all ranks said in it."""
     timer.begin_step()
     with record_function(timing.OPTIMIZER):
@@ -303,33 +303,50 @@ def _step(
     reports = run_pass(
         state, objective, feed, data, state.iteration - budget.data_start, timer=timer
     )
-    total = _totals(
+    total = totals(
         reports, objective.width, device, stop=stop.reason is not None, late=rhythm.late,
         forward=timer.forward_milliseconds(),
     )  # fmt: skip
     means = objective.means(total.sums)
-    if not math.isfinite(means["loss"]):
-        # Every rank has the same loss here, so every rank stops, and before the update.
-        raise WorkError(
-            f"step {state.iteration + 1}",
-            f"the loss is {means['loss']}",
-            "the last checkpoint is from before; lower optimizer.lr or look at the data",
-        )
-    if state.iteration == 0 and objective.check_first is not None:
-        objective.check_first(total.sums)
+    check_before(state.iteration, objective, total)
     saver.before_update()
     with record_function(timing.OPTIMIZER):
         _, grad_norm, _ = state.optimizer.step()
-    if not math.isfinite(grad_norm):
-        # The weights are spoilt by now, so they must not be saved. The norm is the same on every
-        # rank; bf16 has no loss scaler that would skip the step.
+    check_after(state.iteration, float(grad_norm))
+    state.schedule.step(increment=budget.global_batch)
+    return means, float(grad_norm), total
+
+
+def check_before(iteration: int, objective: Objective, total: Total) -> None:
+    """Look at a step's loss before its update; every rank has the same, so all stop alike.
+
+    Raises:
+        WorkError: it is not a number, or not what the objective expects of the first step.
+    """
+    loss = objective.means(total.sums)["loss"]
+    if not math.isfinite(loss):
         raise WorkError(
-            f"step {state.iteration + 1}",
+            f"step {iteration + 1}",
+            f"the loss is {loss}",
+            "the last checkpoint is from before; lower optimizer.lr or look at the data",
+        )
+    if iteration == 0 and objective.check_first is not None:
+        objective.check_first(total.sums)
+
+
+def check_after(iteration: int, grad_norm: float) -> None:
+    """Look at the gradient norm of an update, which is the same on every rank.
+
+    Raises:
+        WorkError: it is not a number. The weights are spoilt then and must not be saved; bf16 has
+            no loss scaler that would skip the step.
+    """
+    if not math.isfinite(grad_norm):
+        raise WorkError(
+            f"step {iteration + 1}",
             f"the gradient norm is {grad_norm}",
             "the last checkpoint is from before; lower optimizer.lr or look at the data",
         )
-    state.schedule.step(increment=budget.global_batch)
-    return means, float(grad_norm), total
 
 
 def run_pass(
@@ -358,10 +375,10 @@ def run_pass(
     return reports
 
 
-def _totals(
+def totals(
     reports: list[torch.Tensor], width: int, device: torch.device, *, stop: bool = False,
     late: bool = False, forward: float = 0.0,
-) -> _Total:  # fmt: skip
+) -> Total:  # fmt: skip
     """What the ranks have to tell one another of a step, in one reduction."""
     first = width + 2
     total = torch.zeros(first + dist.get_world_size(), dtype=torch.float64, device=device)
@@ -372,7 +389,7 @@ def _totals(
     total[first + dist.get_rank()] = forward
     dist.all_reduce(total)
     found: list[float] = total.tolist()
-    return _Total(found[:width], found[width] > 0, found[width + 1] > 0, found[first:])
+    return Total(found[:width], found[width] > 0, found[width + 1] > 0, found[first:])
 
 
 def evaluate(
@@ -384,16 +401,17 @@ def evaluate(
     with torch.no_grad():
         reports = run_pass(state, objective, feed, data, 0, forward_only=True)
     state.model.train()
-    return objective.means(_totals(reports, objective.width, device).sums)
+    return objective.means(totals(reports, objective.width, device).sums)
 
 
-def _measure(
+def measure(
     state: TrainingState,
     objective: Objective,
     held_out: HeldOut,
     device: torch.device,
     metrics: Metrics,
 ) -> None:
+    """Evaluate on what is held out, and write it down; every rank calls this."""
     means = evaluate(state, objective, held_out.feed, device)
     metrics.write(state.iteration, {f"held_out_{name}": value for name, value in means.items()})
     if dist.get_rank() == 0:
@@ -406,7 +424,7 @@ def _in_words(objective: Objective, means: dict[str, float]) -> str:
     )
 
 
-def _record(
+def record(
     state: TrainingState,
     objective: Objective,
     feed: Feed,
@@ -419,6 +437,7 @@ def _record(
     device: torch.device,
     timed: dict[str, Any],
 ) -> None:
+    """Write down a step that was done, as a line of metrics and one of the log."""
     if dist.get_rank() != 0:
         return
     read = state.iteration - budget.data_start

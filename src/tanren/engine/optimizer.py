@@ -14,31 +14,16 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from tanren.config.training import Optimizer, Schedule
 
 
-def build_optimizer(
-    settings: Optimizer, model: DistributedDataParallel, *, precision: str
-) -> MegatronOptimizer:
-    """AdamW with its state sharded over the data-parallel ranks.
+def optimizer_config(
+    settings: Optimizer, *, precision: str, overlap_param_gather: bool, **kept: Any
+) -> OptimizerConfig:
+    """megatron-core's configuration of AdamW with its state sharded over the ranks.
 
-    Norm weights are not decayed (megatron-core's rule: no decay for one-dimensional parameters).
-
-    On a GPU in bf16 Transformer Engine's Adam reads gradients in the type that they are in, keeps
-    the moments in theirs, and of the fp32 master weights the 16 bits that bf16 has not.
+    Args:
+        kept: in which types the optimizer keeps what it keeps.
     """
     bf16 = precision == "bf16"
-    kept: dict[str, Any] = {}
-    if bf16 and torch.cuda.is_available():
-        from tanren.engine.adam import Adam
-
-        optimizers.Adam = Adam
-        moments = torch.bfloat16 if settings.moments == "bf16" else torch.float32
-        in_fp32 = model.ddp_config.grad_reduce_in_fp32
-        kept = {
-            "use_precision_aware_optimizer": True,
-            "main_grads_dtype": torch.float32 if in_fp32 else torch.bfloat16,
-            "exp_avg_dtype": moments,
-            "exp_avg_sq_dtype": moments,
-        }
-    config = OptimizerConfig(
+    return OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
         min_lr=settings.min_lr,
@@ -52,6 +37,37 @@ def build_optimizer(
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=True,
+        overlap_param_gather=overlap_param_gather,
+        **kept,
+    )
+
+
+def build_optimizer(
+    settings: Optimizer, model: DistributedDataParallel, *, precision: str
+) -> MegatronOptimizer:
+    """AdamW with its state sharded over the data-parallel ranks.
+
+    Norm weights are not decayed (megatron-core's rule: no decay for one-dimensional parameters).
+
+    On a GPU in bf16 Transformer Engine's Adam reads gradients in the type that they are in, keeps
+    the moments in theirs, and of the fp32 master weights the 16 bits that bf16 has not.
+    """
+    kept: dict[str, Any] = {}
+    if precision == "bf16" and torch.cuda.is_available():
+        from tanren.engine.adam import Adam
+
+        optimizers.Adam = Adam
+        moments = torch.bfloat16 if settings.moments == "bf16" else torch.float32
+        in_fp32 = model.ddp_config.grad_reduce_in_fp32
+        kept = {
+            "use_precision_aware_optimizer": True,
+            "main_grads_dtype": torch.float32 if in_fp32 else torch.bfloat16,
+            "exp_avg_dtype": moments,
+            "exp_avg_sq_dtype": moments,
+        }
+    config = optimizer_config(
+        settings,
+        precision=precision,
         overlap_param_gather=model.ddp_config.overlap_param_gather,
         **kept,
     )

@@ -191,11 +191,22 @@ def _size(item: Item) -> int:
 
 def publish(order: Publish) -> Published:
     """Write down what is where, name the folder, move the tracker, prune."""
-    folder = RunFolder(order.root)
-    final = folder.checkpoint(order.iteration)
-    partial = final.with_name(final.name + PARTIAL)
+    partial = partial_of(RunFolder(order.root).checkpoint(order.iteration))
     records = [one for each in order.written for one in pickle.loads(zlib.decompress(each))]
     runs.write_atomic(partial / ".metadata", pickle.dumps(metadata(records)))
+    return settle(order)
+
+
+def partial_of(checkpoint: Path) -> Path:
+    """Where a checkpoint is written, before it has its name."""
+    return checkpoint.with_name(checkpoint.name + PARTIAL)
+
+
+def settle(order: Publish) -> Published:
+    """Name the folder of a checkpoint whose files are all there, move the tracker, prune."""
+    folder = RunFolder(order.root)
+    final = folder.checkpoint(order.iteration)
+    partial = partial_of(final)
     size = runs.write_file_list(partial)
     if final.exists():
         remove(final)

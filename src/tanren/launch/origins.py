@@ -121,7 +121,8 @@ def bases(plan: Plan) -> list[tuple[str, Path]]:
 
 def base(folder: Path) -> dict[str, Any]:
     """A checkpoint (files.json, .metadata and blocks of each file) or a Hugging Face folder."""
-    return _files(folder, ("**/*",) if (folder / ".metadata").exists() else _MODEL_FILES)
+    there = (folder / ".metadata").exists() or (folder / "weights" / ".metadata").exists()
+    return _files(folder, ("**/*",) if there else _MODEL_FILES)
 
 
 def _collection(one: Any) -> dict[str, Any]:

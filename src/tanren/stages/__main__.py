@@ -54,6 +54,10 @@ def main(arguments: list[str]) -> int:
             from tanren.engine import eager
 
             eager.import_megatron()
+            if plan.launch.own == "nemo" and plan.launch.device == "cpu":
+                from tanren.stages.nemo import cpu as nemo_cpu
+
+                nemo_cpu.install()
         stage = importlib.import_module(f"tanren.stages.{plan.stage}")
         if rank == 0:
             with runs.locked(folder.root / ".worker", wait_seconds=60):

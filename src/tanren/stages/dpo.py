@@ -20,7 +20,7 @@ from tanren.engine import loop, preference
 from tanren.engine.checkpoint import TrainingState
 from tanren.engine.fingerprint import fingerprint
 from tanren.engine.packed import packed_forward
-from tanren.plan.plan import DpoPlan, digest
+from tanren.plan.plan import DpoPlan, by_nemo, digest
 from tanren.stages import synthetic, training, tuning
 from tanren.stages.reference import Kept, LogProbs, Reference
 from tanren.stages.training import Session
@@ -38,37 +38,36 @@ def run(plan: DpoPlan, attempt: int) -> None:
     recipe, device = plan.recipe, session.ranks.device
     train = _pairs(data, data.items, recipe.global_batch, recipe.epochs)
     steps = tuning.lay_out(plan, data, train, session.ranks)
-    state = training.make_state(plan, steps)
     compared = recipe.preference.loss != "simpo"
-    if plan.made_up:
-        training.start(plan, state)
-        data = data.with_reference(
-            synthetic.reference(plan, data.examples.trained) if compared else None
+
+    def begin(state: TrainingState) -> tuning.Work | None:
+        read = data
+        if not compared or plan.made_up:
+            training.start(plan, state)
+            if compared:
+                read = data.with_reference(synthetic.reference(plan, data.examples.trained))
+        else:
+            reference = _reference(session, data, state)
+            if reference is None:
+                return None
+            read = data.with_reference(reference)
+        return tuning.Work(
+            loop.Objective(
+                partial(forward_step, recipe.preference),
+                width=len(preference.REPORT),
+                means=partial(preference.means, recipe.preference),
+                shown=("loss", "margin", "accuracy"),
+                check_first=_check_first if compared and not plan.made_up else None,
+            ),
+            read.feed(train, device),
+            tuning.held_out(
+                plan,
+                read,
+                lambda items, a_step: read.feed(_pairs(read, items, a_step, 1.0), device),
+            ),
         )
-    elif not compared:
-        training.start(plan, state)
-    else:
-        reference = _reference(session, data, state)
-        if reference is None:
-            return
-        data = data.with_reference(reference)
-    training.train(
-        session,
-        state,
-        loop.Objective(
-            partial(forward_step, recipe.preference),
-            width=len(preference.REPORT),
-            means=partial(preference.means, recipe.preference),
-            shown=("loss", "margin", "accuracy"),
-            check_first=_check_first if compared and not plan.made_up else None,
-        ),
-        data.feed(train, device),
-        tuning.held_out(
-            plan, data, lambda items, a_step: data.feed(_pairs(data, items, a_step, 1.0), device)
-        ),
-        loop.Budget(steps, recipe.global_batch),
-        lambda: tuning.made(plan),
-    )
+
+    tuning.train(session, steps, begin)
 
 
 def _pairs(data: Data, items: Items, a_step: int, epochs: float | None) -> Pairs:
@@ -129,7 +128,9 @@ def _kept(data: Data, base: str) -> list[Kept]:
     cut = plan.recipe.sequence_length if plan.recipe.too_long == "truncate" else None
     found = []
     for one in data.examples.choice.sets:
-        key = digest([one.folder.name, base, plan.precision, plan.recipe.fp8, cut])
+        known_by = [one.folder.name, base, plan.precision, plan.recipe.fp8, cut]
+        # Each engine's policy is compared with what its own kernels made of the reference.
+        key = digest([*known_by, "nemo"] if by_nemo(plan.recipe) else known_by)
         found.append(Kept(Path(plan.cache) / "reference" / f"{key}.npy", len(one.lengths)))
     return found
 

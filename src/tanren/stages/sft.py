@@ -11,6 +11,7 @@ import torch
 from tanren.data.blend import Batch
 from tanren.data.rows import Conversations, Items
 from tanren.engine import loop
+from tanren.engine.checkpoint import TrainingState
 from tanren.engine.loss import answer_loss
 from tanren.engine.packed import packed_forward
 from tanren.plan.plan import SftPlan
@@ -31,19 +32,18 @@ def run(plan: SftPlan, attempt: int) -> None:
 
     train = rows(data.items, recipe.global_batch, recipe.epochs)
     steps = tuning.lay_out(plan, data, train, session.ranks)
-    state = training.make_state(plan, steps)
-    training.start(plan, state)
-    training.train(
-        session,
-        state,
-        loop.Objective(forward_step, width=2, means=_means),
-        data.feed(train, device),
-        tuning.held_out(
-            plan, data, lambda items, a_step: data.feed(rows(items, a_step, 1.0), device)
-        ),
-        loop.Budget(steps, recipe.global_batch),
-        lambda: tuning.made(plan),
-    )
+
+    def begin(state: TrainingState) -> tuning.Work:
+        training.start(plan, state)
+        return tuning.Work(
+            loop.Objective(forward_step, width=2, means=_means),
+            data.feed(train, device),
+            tuning.held_out(
+                plan, data, lambda items, a_step: data.feed(rows(items, a_step, 1.0), device)
+            ),
+        )
+
+    tuning.train(session, steps, begin)
 
 
 def forward_step(data: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from tanren.engine.log import Metrics
 from tanren.engine.optimizer import build_optimizer, build_schedule
 from tanren.engine.profile import Rates
 from tanren.engine.saver import Saver
-from tanren.plan.plan import TrainingPlan, digest
+from tanren.plan.paths import CHECKPOINT_FILES
+from tanren.plan.plan import TrainingPlan, by_nemo, digest
 from tanren.stages import bench
 from tanren.stages.convert import convert_base
 
@@ -103,10 +105,13 @@ def start(plan: TrainingPlan, state: TrainingState) -> None:
 
 
 def resume(plan: TrainingPlan, state: TrainingState) -> bool:
-    """Load the newest checkpoint of this run; False while it has none."""
+    """Load the newest checkpoint of this run; False while it has none.
+
+    Those of NeMo hold Lightning's loop, too, which loads them itself.
+    """
     # Iteration 0 is the base of a run that starts from a Hugging Face folder.
     newest = runs.latest_checkpoint(plan.folder)
-    if newest:
+    if newest and not by_nemo(plan.recipe):
         logger.info("going on from %s", plan.folder.checkpoint(newest))
         load(state, plan.folder.checkpoint(newest))
     return bool(newest)
@@ -134,13 +139,16 @@ def _base(plan: TrainingPlan) -> Path:
     """The base as a checkpoint, made sure to be whole; that of a Hugging Face folder is made."""
     kind, _, where = plan.start.partition(":")
     checkpoint = _converted(plan, where) if kind == "hf" else Path(where)
-    if not (checkpoint / ".metadata").exists():
+    tensors, _ = mcore.weights_of(checkpoint)
+    if not (tensors / ".metadata").exists():
         raise RequestError(
             f"{plan.recipe_file}: init",
             f"{checkpoint} is not a torch_dist checkpoint",
-            "name the folder that holds .metadata and metadata.json, such as .../iter_0000500",
+            "name the folder that holds .metadata and metadata.json, such as .../iter_0000500, or "
+            "one of NeMo 2, which holds them in weights/",
         )
-    problem = runs.checkpoint_problem(checkpoint, foreign=True)
+    listed = (checkpoint / CHECKPOINT_FILES).exists()
+    problem = runs.checkpoint_problem(checkpoint if listed else tensors, foreign=True)
     if problem:
         raise RequestError(checkpoint, problem, "make the base again, or fetch it again")
     # megatron-core would run what these name.
@@ -156,6 +164,21 @@ def _converted(plan: TrainingPlan, source: str) -> Path:
         convert_base(hf.locate(source), plan.model, checkpoint, plan.recipe_file)
     dist.barrier()
     return checkpoint
+
+
+@contextmanager
+def written(session: Session) -> Iterator[Metrics]:
+    """Where a training's metrics go; they are closed, and followed to their end, behind it."""
+    plan, first = session.plan, session.ranks.is_first
+    follower = tracking.follow(plan) if first else None
+    yield Metrics(
+        plan.folder.metrics, plan.folder.tensorboard, attempt=session.attempt, enabled=first,
+        follower=follower,
+    )  # fmt: skip
+    distributed.finalize()
+    # After the last word: the run is done whatever becomes of this.
+    if follower is not None:
+        follower.end()
 
 
 def train(
@@ -175,57 +198,55 @@ def train(
     plan, ranks, settings = session.plan, session.ranks, session.plan.recipe.checkpoints
     timing.startup.reached("base")
     logger.info("%d steps of %d samples", budget.steps, budget.global_batch)
-    folder = plan.folder
-    follower = tracking.follow(plan) if ranks.is_first else None
-    metrics = Metrics(
-        folder.metrics, folder.tensorboard, attempt=session.attempt, enabled=ranks.is_first,
-        follower=follower,
-    )  # fmt: skip
     measuring, kind = None, Saver
     if plan.bench is not None:
         assert session.rates is not None
         measuring = bench.Measuring(plan, plan.bench, state, feed, session.rates, ranks.device)
         kind = bench.saver_of(plan.bench)
-    saver = kind(
-        folder,
-        keep_last=settings.keep_last,
-        keep_every=settings.keep_every,
-        report=metrics.write,
-    )
-    saver.prepare(state)
-    outcome = loop.train(
-        state,
-        objective,
-        feed,
-        held_out,
-        budget,
-        device=ranks.device,
-        saver=saver,
-        rhythm=loop.Rhythm(settings.every_steps, settings.every_minutes),
-        metrics=metrics,
-        stop=session.stop,
-        workers=2 if ranks.device.type == "cuda" else 0,
-        hang_seconds=plan.recipe.job.hang_minutes * 60,
-        around=measuring.around if measuring else None,
-    )
-    metrics.close()
-    if measuring is not None and outcome.stopped is None:
-        measuring.write()
-    if ranks.is_first:
-        _close(plan, outcome, budget, made)
-    distributed.finalize()
-    # After the last word: the run is done whatever becomes of this.
-    if follower is not None:
-        follower.end()
+    with written(session) as metrics:
+        saver = kind(
+            plan.folder,
+            keep_last=settings.keep_last,
+            keep_every=settings.keep_every,
+            report=metrics.write,
+        )
+        saver.prepare(state)
+        outcome = loop.train(
+            state,
+            objective,
+            feed,
+            held_out,
+            budget,
+            device=ranks.device,
+            saver=saver,
+            rhythm=loop.Rhythm(settings.every_steps, settings.every_minutes),
+            metrics=metrics,
+            stop=session.stop,
+            workers=workers(ranks.device),
+            hang_seconds=plan.recipe.job.hang_minutes * 60,
+            around=measuring.around if measuring else None,
+        )
+        metrics.close()
+        if measuring is not None and outcome.stopped is None:
+            measuring.write()
+        close(session, outcome, budget, made)
 
 
-def _close(
-    plan: TrainingPlan,
+def workers(device: torch.device) -> int:
+    """Processes of a rank that read its data."""
+    return 2 if device.type == "cuda" else 0
+
+
+def close(
+    session: Session,
     outcome: loop.Outcome,
     budget: loop.Budget,
     made: Callable[[], dict[str, Any]],
 ) -> None:
-    folder = plan.folder
+    """Write down how a training ended: DONE or STOPPED; the first rank does it."""
+    plan, folder = session.plan, session.plan.folder
+    if not session.ranks.is_first:
+        return
     if outcome.stopped is not None:
         logger.info("stopped by %s after step %d, saved", outcome.stopped, outcome.iteration)
         runs.mark_stopped(folder, outcome.stopped, outcome.iteration)

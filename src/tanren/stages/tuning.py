@@ -24,13 +24,15 @@ from tanren.data.chat import Chat, Example
 from tanren.data.packing import Numbers
 from tanren.data.rows import Conversations, Items, Pairs
 from tanren.engine import loop
+from tanren.engine.checkpoint import TrainingState
 from tanren.engine.distributed import Ranks
 from tanren.plan.checks import check_schedule, check_vocabulary
 from tanren.plan.paths import RunFolder
-from tanren.plan.plan import TuningPlan, digest
-from tanren.stages import synthetic
+from tanren.plan.plan import TuningPlan, by_nemo, digest
+from tanren.stages import synthetic, training
 from tanren.stages.convert import check_tokenizers
 from tanren.stages.feed import RowFeed
+from tanren.stages.training import Session
 
 logger = logging.getLogger("tanren")
 LogProbs = npt.NDArray[np.float64]
@@ -219,6 +221,39 @@ def lay_out(plan: TuningPlan, data: Data, rows: Conversations | Pairs, ranks: Ra
             },
         )
     return steps
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a training does, ready to be done: what it minimises, reads, and is measured on."""
+
+    objective: loop.Objective
+    feed: RowFeed
+    held_out: loop.HeldOut | None
+
+
+def train(session: Session, steps: int, begin: Callable[[TrainingState], Work | None]) -> None:
+    """Make the model, begin from its base or go on, and train it by the recipe's engine.
+
+    Args:
+        begin: given the model with random weights, loads where it starts from; None where the run
+            was asked to stop meanwhile.
+    """
+    plan = session.plan
+    assert isinstance(plan, TuningPlan)
+    budget = loop.Budget(steps, plan.recipe.global_batch)
+    if by_nemo(plan.recipe):
+        # It is imported nowhere else, and only where it is installed.
+        from tanren.stages.nemo.trainer import train as train_by_nemo
+
+        train_by_nemo(session, budget, begin, lambda: made(plan))
+        return
+    state = training.make_state(plan, steps)
+    work = begin(state)
+    if work is not None:
+        training.train(
+            session, state, work.objective, work.feed, work.held_out, budget, lambda: made(plan)
+        )
 
 
 def held_out(
