@@ -64,7 +64,8 @@ def begin(plan: TrainingPlan, attempt: int) -> Session:
         plan.model.parameters / 1e9, ranks.world, ranks.device.type, layout.tensor,
         layout.pipeline, layout.context, plan.batch.data_parallel, plan.precision, recipe.fp8,
     )  # fmt: skip
-    rates = bench.rates_of(plan, ranks.device) if plan.bench else None
+    measured = plan.bench and not by_nemo(plan.recipe)
+    rates = bench.rates_of(plan, ranks.device) if measured else None
     return Session(plan, attempt, ranks, stop, rates)
 
 

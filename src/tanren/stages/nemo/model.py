@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from nemo.collections import llm
+from nemo.collections.llm.gpt.model.llama import Llama31Config
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 
 from tanren.config.model import Model
 from tanren.data.blend import Batch
 from tanren.engine import loop
 from tanren.engine.packed import block_mask, sequence_params
-from tanren.plan.plan import TuningPlan
 
 # What has kernels on a GPU alone.
 _FUSED = (
@@ -45,7 +45,7 @@ def plain_config(shape: Model, **more: Any) -> llm.LlamaConfig:
     scaling = shape.rope_scaling
     if scaling is None:
         return llm.LlamaConfig(**fields)
-    return llm.Llama31Config(
+    return Llama31Config(
         **fields,
         scale_factor=scaling.factor,
         low_freq_factor=scaling.low_frequency_factor,
@@ -54,18 +54,21 @@ def plain_config(shape: Model, **more: Any) -> llm.LlamaConfig:
     )
 
 
-def training_config(plan: TuningPlan) -> llm.LlamaConfig:
-    """The same with what a training adds."""
-    recompute = plan.recipe.layout.recompute
+def training_config(shape: Model, recompute: str = "none") -> llm.LlamaConfig:
+    """The same with what a training adds.
+
+    Args:
+        recompute: `none`, `selective` or `full`.
+    """
     more: dict[str, Any] = {}
     if recompute != "none":
         more["recompute_granularity"] = recompute
     if recompute == "full":
         more |= {"recompute_method": "uniform", "recompute_num_layers": 1}
-    if plan.launch.device == "cpu":
+    if not torch.cuda.is_available():
         more["transformer_layer_spec"] = _local_layers
     return plain_config(
-        plan.model, calculate_per_token_loss=True, attention_softmax_in_fp32=True, **more
+        shape, calculate_per_token_loss=True, attention_softmax_in_fp32=True, **more
     )
 
 

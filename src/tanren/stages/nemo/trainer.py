@@ -50,7 +50,7 @@ def train(
     assert isinstance(plan, TuningPlan)
     if not os.environ.get("TANREN_DEBUG"):
         nemo_logging.setLevel(logging.ERROR)
-        for name in ("lightning.pytorch", "lightning.fabric"):
+        for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
             logging.getLogger(name).setLevel(logging.ERROR)
     timing.startup.reached("data")
     with training.written(session) as metrics:
@@ -129,7 +129,10 @@ def model_of(plan: TuningPlan, steps: Steps) -> Tuned:
     config = optimizer_config(
         plan.recipe.optimizer, precision=plan.precision, overlap_param_gather=overlap
     )
-    model = Tuned(training_config(plan), optim=nl.MegatronOptimizerModule(config=config))
+    model = Tuned(
+        training_config(plan.model, plan.recipe.layout.recompute),
+        optim=nl.MegatronOptimizerModule(config=config),
+    )
     model.real_vocabulary = plan.model.vocabulary_size
     model.reduction = Reduction(steps.reduce)
     return model
@@ -292,7 +295,8 @@ class Steps(pl.Callback):
         if held_out and held_out.every_steps and state.iteration % held_out.every_steps == 0:
             loop.measure(state, work.objective, held_out, self.device, self.metrics)
         last = state.iteration == self.budget.steps
-        if self.rhythm.due(state.iteration, total.late) or last or total.stop:
+        due = self.rhythm.due(state.iteration, total.late) or last or total.stop
+        if due and self.plan.bench is None:
             found = self.checkpoints.save(trainer, state.iteration)
             self.metrics.write(state.iteration, found)
             self.rhythm.since = time.monotonic()
