@@ -25,7 +25,7 @@ from typing import Any
 import orjson
 import torch
 
-from tanren import runs
+from tanren import provenance, runs
 from tanren.config.load import read_model, read_recipe, repository
 from tanren.config.model import Model
 from tanren.config.training import Tuning
@@ -132,7 +132,9 @@ def measure(
     plan = plan_of(options, shape, stage, rows, engine, folder, base)
     run = plan.folder
     run.root.mkdir(parents=True)
-    runs.write_json(run.plan, orjson.loads(plan.model_dump_json()))
+    value = orjson.loads(plan.model_dump_json())
+    runs.write_json(run.plan, value)
+    attempt = provenance.open_attempt(run, repository(), value, None, {})
     nemo = engine == "nemo"
     path = [str(repository() / "src"), options.nemo_path if nemo else os.environ["PYTHONPATH"]]
     environment = os.environ | {
@@ -143,11 +145,11 @@ def measure(
     if plan.launch.device == "cpu":
         environment["TORCHDYNAMO_DISABLE"] = "1"
     python = options.nemo_python if nemo else sys.executable
-    said = run.log(1)
-    said.parent.mkdir(parents=True)
+    said = run.log(attempt)
+    said.parent.mkdir(parents=True, exist_ok=True)
     with said.open("wb") as log:
         code = subprocess.run(
-            [python, "-m", "tanren.stages", str(run.plan), "1"],
+            [python, "-m", "tanren.stages", str(run.plan), str(attempt)],
             env=environment, stdout=log, stderr=subprocess.STDOUT, check=False,
         ).returncode  # fmt: skip
     what = {"stage": stage, "engine": engine, "micro_batch": rows}
