@@ -118,7 +118,7 @@ def plan_of(
     ))  # fmt: skip
     assert isinstance(plan, SftPlan | DpoPlan)
     changed: Tuning = plan.recipe.model_copy(update={"engine": engine})
-    launch = plan.launch.model_copy(update={"nemo": engine == "nemo"})
+    launch = plan.launch.model_copy(update={"own": "nemo" if engine == "nemo" else None})
     return plan.model_copy(
         update={"recipe": changed, "launch": launch, "start": f"checkpoint:{base}"}
     )

@@ -249,7 +249,7 @@ def test_rows_of_sft_are_as_long_as_its_sequences() -> None:
 
 def test_nemo_trains_the_same_plan_in_its_own_environment() -> None:
     plain, nemo = planned("sft"), planned("sft", "engine=nemo")
-    assert nemo.launch.nemo and not plain.launch.nemo
+    assert (nemo.launch.own, plain.launch.own) == ("nemo", None)
     assert nemo.settings == plain.settings | {"engine": "nemo"}
     assert nemo.start == plain.start
 
