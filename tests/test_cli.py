@@ -38,6 +38,10 @@ def test_without_a_verb_the_verbs_are_named(bare: Tanren) -> None:
         (("midtrain", str(RECIPES / "midtrain.yaml"), "--nmae", "a"), "No such option"),
         (("midtrain",), "Missing argument"),
         (("midtrain", str(RECIPES / "convert.yaml")), "is not a midtrain recipe"),
+        (("convert", str(RECIPES / "midtrain.yaml")), "is not a convert recipe"),
+        (("convert", "--name", "x", str(RECIPES / "midtrain.yaml")), "is not a convert recipe"),
+        (("convert", "hf-to-mcore", "x"), "Missing argument 'DST'"),
+        (("convert", "mcore-to-hf", "x", "y", "--dtype", "fp8"), "'fp8' is not one of"),
         (("plan", "recipes/tiny/nothing.yaml"), "the file's name is not that of a stage"),
     ],
 )

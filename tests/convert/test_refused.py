@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -17,7 +18,7 @@ import orjson
 import pytest
 import torch
 
-from tanren.config.errors import RequestError
+from tanren.config.errors import RequestError, WorkError
 from tanren.convert import folders, interchange
 from tanren.convert.interchange import Options, shard_size
 from tests.conftest import REPOSITORY
@@ -318,6 +319,29 @@ def test_a_disk_that_is_too_small_is_found_before(
     out_of(tmp_path / "mcore", tmp_path / "back")
     with pytest.raises(RequestError, match=r"needs 0\.1 GB"):
         out_of(tmp_path / "mcore", tmp_path / "wide", dtype="fp32")
+
+
+@pytest.mark.parametrize("direction", ["in", "out"])
+def test_a_disk_that_fills_up_leaves_nothing(
+    tmp_path: Path, three: Path, monkeypatch: pytest.MonkeyPatch, direction: str
+) -> None:
+    into(three, tmp_path / "mcore")
+    before = snapshot(tmp_path)
+    write = os.pwrite
+
+    def full(descriptor: int, content: memoryview, offset: int) -> int:
+        if offset > 3000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, content, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(WorkError, match="cannot be written: No space left on device"):
+        if direction == "in":
+            into(three, tmp_path / "new")
+        else:
+            out_of(tmp_path / "mcore", tmp_path / "new")
+    assert snapshot(tmp_path) == before
+    assert not (tmp_path / "new").exists()
 
 
 def test_two_types_in_one_tensor_are_refused_or_made_one(tmp_path: Path) -> None:

@@ -82,10 +82,16 @@ class Sink:
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self.position = 0
+        # Why the disk did not take something, for writers that hide it.
+        self.error: OSError | None = None
 
     def write(self, content: bytes | memoryview) -> int:
         view = memoryview(content).cast("B")
-        put(self._descriptor, view, self.position)
+        try:
+            put(self._descriptor, view, self.position)
+        except OSError as error:
+            self.error = error
+            raise
         self.position += len(view)
         return len(view)
 

@@ -329,7 +329,7 @@ def write(folder: Path, tensors: Tensors, *, prefix: str = "", empty: Iterable[s
         with Sink(path) as stream:
             for part in mine:
                 offset = stream.position
-                torch.save(_values(tensors, part), cast(IO[bytes], stream))
+                _save(_values(tensors, part), stream)
                 stored = tensors.stored[part.name]
                 records.append(
                     Record(
@@ -383,6 +383,16 @@ def _values(tensors: Tensors, part: _Part) -> torch.Tensor:
     # torch saves all of the storage that a tensor is a part of.
     whole = values.is_contiguous() and values.untyped_storage().nbytes() == values.nbytes
     return values if whole else values.clone(memory_format=torch.contiguous_format)
+
+
+def _save(values: torch.Tensor, stream: Sink) -> None:
+    try:
+        torch.save(values, cast(IO[bytes], stream))
+    except RuntimeError:
+        # torch's archive writer says where its file ends, and not why.
+        if stream.error is not None:
+            raise stream.error from None
+        raise
 
 
 @contextmanager
