@@ -13,6 +13,7 @@ from tanren.config.site import Site, User
 from tests.conftest import REPOSITORY
 
 MAKEFILE = (REPOSITORY / "Makefile").read_text()
+CONVERSIONS = (REPOSITORY / "src" / "tanren" / "cli" / "convert.py").read_text()
 ROOTS: dict[str, type[BaseModel]] = {**STAGES, "model": Model, "site": Site, "user": User}
 # What a recipe's field may be set to, said beside the field.
 VALUES = {"delayed", "init: scratch", "init: given"}
@@ -59,6 +60,8 @@ def is_there(name: str) -> bool:
         return bool(re.search(rf"^{target[1]}:.*## ", MAKEFILE, re.MULTILINE))
     if variable := re.fullmatch(r"([A-Z]+)=\w*", name):
         return f"$({variable[1]})" in MAKEFILE
+    if verb := re.fullmatch(r"tanren convert ([a-z-]+)", name):
+        return f'@convert.command(\n    "{verb[1]}"' in CONVERSIONS
     return is_field(name)
 
 
@@ -78,6 +81,7 @@ def test_what_is_not_there_is_found_out() -> None:
         "midtrain.optimizer.rate",
         "midtrain.seed.x",
         "make fly",
+        "tanren convert hf-to-onnx",
         "WINGS=",
         "--lr",
         "user",

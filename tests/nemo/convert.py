@@ -19,8 +19,10 @@ def built(path: Path) -> dict[str, str]:
 
     model: Any = io.load_context(path, subpath="model")
     fields = {one.name: getattr(model.config, one.name) for one in dataclasses.fields(model.config)}
-    described = {name: repr(value) for name, value in fields.items() if not callable(value)}
-    return described | {
+    generation = fields.pop("generation_config").to_dict()
+    generation.pop("_from_model_config", None)
+    return {name: getattr(value, "__qualname__", repr(value)) for name, value in fields.items()} | {
+        "generation": json.dumps(generation, sort_keys=True),
         "class": type(model.config).__qualname__,
         "model": type(model).__qualname__,
         "words": str(model.tokenizer.text_to_ids("ab")),
