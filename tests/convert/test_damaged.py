@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from tanren import runs
 from tanren.config.errors import RequestError
-from tanren.convert import hf, interchange
+from tanren.config.training import Lora
+from tanren.convert import hf, interchange, llama, lora, nemo, torch_dist
 from tanren.convert.interchange import Options
 from tanren.convert.tensors import Held
 from tanren.data import tokenizer as tokenizers
+from tanren.stages.convert import convert_base
 from tests.convert import models
 
 MODEL = models.SHAPE.model_copy(update={"vocabulary_size": 270, "layers": 2})
@@ -130,3 +133,72 @@ def test_whatever_is_damaged_is_refused_in_words_or_makes_no_difference(
     # Neither all nor nothing: what is damaged here is worth damaging.
     assert found["refused"] > CASES // 3
     assert found["equal"] > CASES // 20
+
+
+def poisoned(folder: Path, name: str = "model.layers.1.mlp.up_proj.weight") -> Path:
+    """A Hugging Face folder with one NaN."""
+    tensors = models.weights(MODEL)
+    tensors[name][3, 5] = float("nan")
+    folder.mkdir()
+    hf.write_tensors(folder, Held(tensors))
+    hf.write_settings(folder, MODEL, torch.bfloat16, None, None)
+    return folder
+
+
+@pytest.mark.parametrize("way", [interchange.hf_to_mcore, nemo.hf_to_nemo])
+def test_a_nan_is_named_and_goes_no_farther(tmp_path: Path, way: Callable[..., object]) -> None:
+    source, target = poisoned(tmp_path / "hf"), tmp_path / "target"
+    with pytest.raises(RequestError) as refused:
+        way(source, target, Options(), lambda text: None)
+    row = MODEL.ffn_hidden_size + 3
+    name = "decoder.layers.mlp.linear_fc1.weight of layer 1"
+    assert refused.value.problem == f"{name} holds nan at [{row}, 5]"
+    assert refused.value.place == str(source)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_nan_in_a_checkpoint_reaches_no_hugging_face_folder(whole: Path, tmp_path: Path) -> None:
+    with hf.open_model(poisoned(tmp_path / "hf")) as stored:
+        shutil.copytree(whole / "mcore", tmp_path / "mcore")
+        for file in (tmp_path / "mcore" / "release").glob("*.distcp"):
+            file.unlink()
+        torch_dist.write(tmp_path / "mcore" / "release", llama.to_mcore(MODEL, stored))
+        runs.write_file_list(tmp_path / "mcore" / "release")
+    with pytest.raises(
+        RequestError, match=r"layers\.1\.mlp\.up_proj\.weight holds nan at \[3, 5\]"
+    ):
+        interchange.mcore_to_hf(tmp_path / "mcore", tmp_path / "back", Options(), lambda text: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mcore"]
+
+
+def test_the_stage_and_the_adapters_go_through_the_gate_as_well(tmp_path: Path) -> None:
+    source = poisoned(tmp_path / "hf")
+    with pytest.raises(RequestError, match="holds nan at"):
+        convert_base(source, MODEL, tmp_path / "iter_0000000", "recipe.yaml")
+    settings = Lora(rank=2, alpha=4.0, targets=("mlp_fc2",))
+    [adapter] = lora.table(MODEL, settings)
+    matrices = {
+        adapter.linear_in: torch.ones(MODEL.layers, 2, MODEL.ffn_hidden_size),
+        adapter.linear_out: torch.ones(MODEL.layers, MODEL.hidden_size, 2),
+    }
+    lora.write_peft(tmp_path / "peft", MODEL, Held(matrices), settings, "owner/base")
+    matrices[adapter.linear_out][1, 7, 1] = -float("inf")
+    with pytest.raises(RequestError, match=r"down_proj\.lora_B\.weight holds -inf at \[7, 1\]"):
+        lora.write_peft(tmp_path / "bad", MODEL, Held(matrices), settings, "owner/base")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "peft"]
+
+
+@pytest.mark.parametrize("way", [interchange.hf_to_mcore, nemo.hf_to_nemo])
+def test_what_the_embedding_has_no_row_for_is_refused_before_anything_is_written(
+    whole: Path, tmp_path: Path, way: Callable[..., object]
+) -> None:
+    small = MODEL.model_copy(update={"vocabulary_size": 264})
+    models.write(tmp_path / "hf", small)
+    for file in (whole / "hf").glob("tokenizer*"):
+        shutil.copyfile(file, tmp_path / "hf" / file.name)
+    with pytest.raises(RequestError, match="has 264 rows, and the tokenizer's largest id is 264"):
+        way(tmp_path / "hf", tmp_path / "target", Options(), lambda text: None)
+    folder = models.write(tmp_path / "tied", small, {"tie_word_embeddings": True})
+    with pytest.raises(RequestError, match=r"lm_head\.weight is not model\.embed_tokens\.weight"):
+        way(folder, tmp_path / "target", Options(), lambda text: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "tied"]
