@@ -71,7 +71,8 @@ def test_a_laptop_with_a_whole_venv_lacks_nothing() -> None:
     assert doctor.lacking(groups) is None
     found = all_of(groups)
     assert [group.title.split(",")[0] for group in groups] == [
-        "every stage", "preprocess", "build-image", "jobs (submit)", "eval", "merge", "fetch",
+        "every stage", "preprocess", "build-image", "jobs (submit)", "eval", "merge",
+        "sft and dpo with engine: nemo", "fetch",
     ]  # fmt: skip
     assert (found["torch"].state, found["torch"].found) == ("ok", "in .venv")
     assert (found["hub"].state, found["git tree"].state) == ("ok", "ok")
@@ -268,7 +269,7 @@ def test_looking_imports_no_torch() -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
-    assert done.stdout == "7 []\n"
+    assert done.stdout == "8 []\n"
 
 
 def test_the_command_says_what_it_finds_and_what_is_wrong_with_a_site(tmp_path: Path) -> None:
