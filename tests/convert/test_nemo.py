@@ -197,9 +197,12 @@ def test_a_run_of_nemo_2_has_its_checkpoint_below(
         shutil.rmtree(tmp_path / "back")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "prefix"),
+    [("nemo1", "model."), ("nemo1", "model.module."), ("nemo2", "module.")],
+)
 def test_padding_of_any_size_is_left_out(
-    base: Path, tmp_path: Path, there: dict[str, Path], kind: nemo.Format
+    base: Path, tmp_path: Path, there: dict[str, Path], kind: nemo.Format, prefix: str
 ) -> None:
     """NeMo pads to what its layout asks for, and may hold an optimizer's state beside."""
     weights = there[kind] / nemo._WEIGHTS[kind]
@@ -208,6 +211,7 @@ def test_padding_of_any_size_is_left_out(
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         padded = nemo.PREFIX[kind] + name
         tensors[padded] = torch.cat([tensors[padded], torch.full((309, 64), 9.0)])
+    tensors = {prefix + name.removeprefix(nemo.PREFIX[kind]): one for name, one in tensors.items()}
     tensors["optimizer.state.exp_avg.x"] = torch.ones(4)
     shutil.rmtree(weights)
     weights.mkdir()
@@ -428,3 +432,24 @@ def test_a_tensor_that_is_not_finite_ends_a_conversion_either_way(
     with pytest.raises(RequestError, match=r"model\.norm\.weight holds inf at \[7\]"):
         out_of(there["nemo2"], tmp_path / "back")
     assert {one.name for one in tmp_path.iterdir()} == {"broken", "nemo1", "nemo2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("module.decoder.layers.mlp.linear_fc1.adapter.linear_in.weight", "holds adapters"),
+        ("module.decoder.layers.mlp.router.weight", "a LLaMA of this shape has not: .*router"),
+        ("module.decoder.layers.self_attention.linear_qkv.bias", "has not: .*linear_qkv.bias"),
+    ],
+)
+def test_tensors_that_a_llama_has_not_are_named(
+    tmp_path: Path, there: dict[str, Path], name: str, message: str
+) -> None:
+    weights = there["nemo2"] / "weights"
+    stored = mcore.Checkpoint(weights)
+    held = {one: stored.read(one).clone() for one in stored.stored} | {name: torch.ones(3, 4)}
+    shutil.rmtree(weights)
+    weights.mkdir()
+    torch_dist.write(weights, Held(held))
+    with pytest.raises(RequestError, match=message):
+        out_of(there["nemo2"], tmp_path / "back")

@@ -277,6 +277,11 @@ def _tensors(weights: Path, model: Model) -> Tensors:
     prefix = next(
         (name.removesuffix(_EMBEDDING) for name in there.stored if name.endswith(_EMBEDDING)), None
     )
+    if any(".adapter" in name for name in there.stored):
+        raise RequestError(
+            weights, "holds adapters, which are not merged here",
+            "merge them with NeMo first: llm.peft.merge_lora",
+        )  # fmt: skip
     if prefix not in ("", "module.", "model.", "model.module."):
         raise RequestError(weights, f"holds no {_EMBEDDING}", "is it a GPT of megatron-core?")
     own = _Named(there, prefix)
