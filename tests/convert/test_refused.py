@@ -207,7 +207,7 @@ MCORE: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "is missing"),
     "a truncated common.pt": (
         lambda f: (cut(f / "common.pt", 500), (f / "files.json").unlink()), "common.pt",
-        "cannot be read"),
+        "is not whole"),
     "another shape stated": (
         lambda f: config(f.parent / "hf", intermediate_size=48), "../hf/config.json",
         "ffn_hidden_size is 24 there, and 48 here"),
@@ -277,6 +277,20 @@ def test_folders_that_cannot_be_are_refused(tmp_path: Path, three: Path, case: s
     if "there already" not in problem:
         forced = refused(tmp_path, lambda: into(tmp_path / source, tmp_path / target, force=True))
         assert forced.problem == error.problem
+
+
+def test_two_do_not_make_the_same_folder(tmp_path: Path, three: Path) -> None:
+    into(three, tmp_path / "mcore")
+    with folders.alone(tmp_path / "new"):
+        for act in (
+            lambda: into(three, tmp_path / "new"),
+            lambda: out_of(tmp_path / "mcore", tmp_path / "new"),
+        ):
+            error = refused(tmp_path, act)
+            assert error.place == str(tmp_path / "new")
+            assert f"is being worked on by process {os.getpid()}" in error.problem
+    into(three, tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mcore", "new"]
 
 
 def test_force_replaces_a_model_and_nothing_else(tmp_path: Path, three: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from tanren import runs
 from tanren.config.errors import RequestError
 
 # What a folder holds that a conversion or a training made: --force replaces no other.
@@ -94,3 +96,23 @@ def check_room(target: Path, sizes: Iterable[int]) -> None:
     if not os.access(place, os.W_OK):
         raise RequestError(target, f"may not be made: {place} is not yours to write in",
                            "name another folder")  # fmt: skip
+
+
+@contextmanager
+def alone(final: Path) -> Iterator[None]:
+    """Hold a folder that is being made: a second process would mix its files with these.
+
+    Raises:
+        RequestError: another process makes it.
+    """
+    lock = final.with_name(f".{final.name}.lock")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(runs.locked(lock))
+        except RequestError as error:
+            raise RequestError(final, error.problem, error.next_step) from None
+        try:
+            yield
+        finally:
+            # While it is held, so that nobody waits for a file that is gone.
+            lock.unlink(missing_ok=True)

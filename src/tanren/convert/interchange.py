@@ -84,7 +84,7 @@ def hf_to_mcore(source: Path, target: Path, options: Options, say: Say) -> Made:
         tensors = llama.to_mcore(model, cast(stored, options.dtype), source)
         folders.check_room(final, sizes(tensors))
         say(f"writing {model.parameters / 1e9:.2f} B parameters")
-        with runs.whole_folder(final) as partial:
+        with folders.alone(final), runs.whole_folder(final) as partial:
             mcore.write_base(model, tensors, partial / RELEASE, place=source)
             write_hf_part(partial / HF, model, tensors, source)
             (partial / _TRACKER).write_text(RELEASE)
@@ -130,10 +130,11 @@ def mcore_to_hf(
             if options.verify is not None:
                 options.verify(partial, cast(stored, options.dtype), model, None)
 
-        hf.write_model(
-            final, model, tensors, tokenizer=tokenizer, base=base,
-            max_shard_bytes=options.max_shard_bytes, verify=verify,
-        )  # fmt: skip
+        with folders.alone(final):
+            hf.write_model(
+                final, model, tensors, tokenizer=tokenizer, base=base,
+                max_shard_bytes=options.max_shard_bytes, verify=verify,
+            )  # fmt: skip
     return Made(final, model.parameters, sum(sizes(tensors)))
 
 

@@ -97,7 +97,7 @@ def hf_to_nemo(
                 _verify(folder, source, model, options)
                 archives.pack(folder, final)
         else:
-            with runs.whole_folder(final) as partial:
+            with folders.alone(final), runs.whole_folder(final) as partial:
                 _write(partial, kind, model, tensors, source, final / _TOKENIZER[kind])
                 _verify(partial, source, model, options)
     return Made(final, model.parameters, sum(sizes(tensors)))
@@ -129,7 +129,7 @@ def nemo_to_hf(
             )  # fmt: skip
         folders.check_room(final, sizes(tensors))
         say(f"writing {there.model.parameters / 1e9:.2f} B parameters")
-        with runs.whole_folder(final) as partial:
+        with folders.alone(final), runs.whole_folder(final) as partial:
             with audit.passing(tensors, llama.hf_shapes(there.model), source) as passed:
                 hf.write_tensors(partial, passed, max_shard_bytes=options.max_shard_bytes)
             hf.write_settings(partial, there.model, kinds.pop(), there.tokenizer, base)
