@@ -51,10 +51,11 @@ def main(arguments: list[str]) -> int:
                 from tanren.engine import cpu
 
                 cpu.hide_gpu_libraries()
-            from tanren.engine import eager
+            if plan.launch.own != "nemo":
+                from tanren.engine import eager
 
-            eager.import_megatron()
-            if plan.launch.own == "nemo" and plan.launch.device == "cpu":
+                eager.import_megatron()
+            elif plan.launch.device == "cpu":
                 from tanren.stages.nemo import cpu as nemo_cpu
 
                 nemo_cpu.install()
