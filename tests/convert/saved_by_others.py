@@ -30,7 +30,11 @@ def shape(name: str) -> Model:
 
 
 def weights(model: Model) -> dict[str, torch.Tensor]:
-    """Every weight of a case, under the names of llama's table."""
+    """Every weight of a case, under the names of llama's table, padded with zeros."""
     from tanren.convert import llama
 
-    return {name: value(name, shape) for name, shape in llama.mcore_shapes(model).items()}
+    found = {name: value(name, shape) for name, shape in llama.mcore_shapes(model).items()}
+    for name, tensor in found.items():
+        if name.startswith(("embedding", "output_layer")):
+            tensor[model.vocabulary_size :] = 0
+    return found

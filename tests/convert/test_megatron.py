@@ -15,12 +15,13 @@ import orjson
 import pytest
 import torch
 from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from tanren.config.errors import RequestError
 from tanren.config.model import Model, RopeScaling
-from tanren.convert import hf, legacy, llama, megatron, named, unpickle
+from tanren.convert import hf, interchange, legacy, llama, megatron, named, unpickle
 from tanren.convert.tensors import Held, rows
-from tests.convert.make_fixtures import CASES
+from tests.convert.make_fixtures import CASES, value
 from tests.convert.saved_by_others import shape, unpack, weights
 
 DIST = [name for name, case in CASES.items() if case.format == "torch_dist"]
@@ -194,7 +195,7 @@ def test_a_missing_tensor_is_named(copied: Callable[[str], Path]) -> None:
     with pytest.raises(RequestError) as refused, megatron.open_any(folder):
         pass
     assert refused.value.place == str(folder / ITERATION)
-    assert "holds no tensor decoder.layers.0.mlp.linear_fc2.weight" in refused.value.problem
+    assert "holds no tensor decoder.layers.{0-3}.mlp.linear_fc2.weight" in refused.value.problem
     folder = copied("torch-0.16.1")
     change_torch(folder, lambda model: model.pop("decoder.layers.2.input_layernorm.weight"))
     with pytest.raises(RequestError) as refused, megatron.open_any(folder):
@@ -206,15 +207,16 @@ def test_a_missing_tensor_is_named(copied: Callable[[str], Path]) -> None:
 def test_a_surplus_tensor_is_named(copied: Callable[[str], Path]) -> None:
     folder = copied("mcore-0.11.0")
 
-    def add(tensors: dict[str, Any], _: Any) -> None:
-        tensors["decoder.layers.self_attention.q_layernorm.weight"] = tensors[
-            "decoder.final_layernorm.weight"
-        ]
+    name = "decoder.layers.mlp.surplus.weight"
+
+    def add(tensors: dict[str, Any], places: dict[Any, Any]) -> None:
+        tensors[name] = tensors["decoder.final_layernorm.weight"]
+        places[dcp.MetadataIndex(name, [0])] = _StorageInfo("__9_9.distcp", 0, 1)
 
     change_dist(folder, add)
     with pytest.raises(RequestError) as refused, megatron.open_any(folder):
         pass
-    assert "has not: decoder.layers.self_attention.q_layernorm.weight" in refused.value.problem
+    assert f"has not: {name}" in refused.value.problem
     folder = copied("torch-0.16.1")
     change_torch(
         folder,
@@ -357,9 +359,26 @@ def test_arguments_of_megatron_make_the_shape(
     assert getattr(model, field) == value
 
 
+def test_what_is_known_of_the_model_has_to_agree(saved: Path) -> None:
+    known = shape("mcore-0.9.0").model_copy(update={"max_positions": 9000})
+    with megatron.open_any(saved / "mcore-0.9.0", like=known) as opened:
+        assert opened.model == known, "positions are what a model was made for, not what it is"
+    other = known.model_copy(update={"norm_epsilon": 1e-5})
+    with pytest.raises(RequestError, match="is another model: norm_epsilon 1e-06 there, 1e-05 her"):
+        megatron.open_any(saved / "mcore-0.9.0", like=other).__enter__()
+    # Our first checkpoints said less: what they leave out is taken from what is known.
+    scaled = shape("mcore-0.9.0").model_copy(update={"rope_scaling": RopeScaling(factor=4.0)})
+    args = llama.megatron_arguments(scaled)
+    for name in ("swiglu", "use_rope_scaling", "rope_scaling_factor"):
+        delattr(args, name)
+    with pytest.raises(RequestError, match="does not say all of its shape"):
+        megatron.shape_of(args, "ours")
+    assert megatron.shape_of(args, "ours", 120, scaled) == scaled
+
+
 def test_our_own_arguments_make_our_shape_again() -> None:
     for name in ("mcore-0.9.0", "mcore-0.11.0", "mcore-0.12.0"):
-        model = shape(name)
+        model = shape(name).model_copy(update={"rope_scaling": RopeScaling(factor=4.0)})
         args = llama.megatron_arguments(model)
         assert megatron.shape_of(args, "ours", model.vocabulary_size) == model
 
@@ -368,22 +387,28 @@ def test_the_vocabulary_is_cut_and_its_padding_filled(saved: Path) -> None:
     """256 rows are stored: of a vocabulary of 120 ours takes 128, of 250 all."""
     folder = saved / "mcore-0.13.0"
     embedding = "embedding.word_embeddings.weight"
+
+    def like(size: int) -> Model:
+        return shape("mcore-0.13.0").model_copy(update={"vocabulary_size": size})
+
     for size, padded in ((100, 128), (250, 256)):
-        with megatron.open_any(folder, vocabulary_size=size) as opened:
+        with megatron.open_any(folder, like=like(size)) as opened:
             assert opened.model.vocabulary_size == size
-            assert opened.tensors.read(embedding).shape == (padded, 16)
+            found = opened.tensors.read(embedding)
+            assert found.shape == (padded, 16)
+            assert torch.equal(found[:size], value(embedding, (size, 16)))
+            assert not found[size:].any()
+            part = rows(opened.tensors, embedding, None, size - 2, padded)
+            assert torch.equal(part, found[size - 2 :])
     with pytest.raises(
         RequestError, match="has 256 rows of embeddings, and the vocabulary has 300"
     ):
-        megatron.open_any(folder, vocabulary_size=300).__enter__()
-    with megatron.open_any(folder) as opened:
-        source = Held({embedding: opened.tensors.read(embedding)[:121].clone()})
-    model = Model.model_validate(opened.model.model_dump() | {"vocabulary_size": 120})
-    short = {**weights(model), embedding: source.read(embedding)}
-    filled = named.named(model, Held(short), "short").read(embedding)
-    assert torch.equal(filled[:121], source.read(embedding))
-    assert filled.shape == (128, 16)
-    assert not filled[121:].any()
+        megatron.open_any(folder, like=like(300)).__enter__()
+    # Some writers have no padding at all.
+    model = shape("mcore-0.13.0")
+    bare = {**weights(model), embedding: value(embedding, (120, 16))}
+    filled = named.named(model, Held(bare), "bare").read(embedding)
+    assert torch.equal(filled, weights(model)[embedding])
 
 
 def test_gate_and_up_apart_and_layers_singly_are_read_as_well() -> None:
@@ -446,7 +471,7 @@ def test_the_names_before_megatron_core_are_read(tmp_path: Path) -> None:
     folder = tmp_path / "release" / "mp_rank_00"
     folder.mkdir(parents=True)
     torch.save(state, folder / legacy.FILE)
-    with megatron.open_any(tmp_path / "release", vocabulary_size=120) as opened:
+    with megatron.open_any(tmp_path / "release", like=model) as opened:
         assert opened.iteration == 7
         for name, tensor in wanted.items():
             assert torch.equal(opened.tensors.read(name), tensor), name
@@ -529,3 +554,42 @@ def test_a_hugging_face_folder_is_opened_as_well(tmp_path: Path) -> None:
         assert opened.model == model.model_copy(update={"head_size": 4})
         found = opened.tensors.read("decoder.layers.mlp.linear_fc1.weight", 3)
         assert torch.equal(found, wanted["decoder.layers.mlp.linear_fc1.weight"][3])
+
+
+@pytest.mark.parametrize("name", ["mcore-0.9.0", "mcore-0.15.0", "torch-0.9.0-tp2-pp2-vp2"])
+def test_a_conversion_by_hand_takes_them(saved: Path, tmp_path: Path, name: str) -> None:
+    said: list[str] = []
+    made = interchange.mcore_to_hf(
+        saved / name, tmp_path / "hf", interchange.Options(), said.append
+    )
+    assert said[0] == f"reading {saved / name / ITERATION}"
+    assert made.parameters == shape(name).parameters
+    wanted = llama.to_hf(shape(name), Held(weights(shape(name))))
+    with hf.open_model(tmp_path / "hf") as found:
+        assert found.stored == dict(wanted.stored)
+        for key in wanted.stored:
+            assert torch.equal(found.read(key), wanted.read(key)), key
+    config = llama.model_of(hf.read_config(tmp_path / "hf"), "config.json")
+    assert llama.differences(config, shape(name)) == []
+
+
+def test_a_conversion_by_hand_trusts_when_it_is_told_to(
+    copied: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = copied("mcore-0.11.0")
+    path = folder / ITERATION / "common.pt"
+    common = unpickle.load(path)
+    torch.save(common | {"other": Runs()}, path)
+
+    def convert(trust: bool) -> None:
+        options = interchange.Options()
+        interchange.mcore_to_hf(folder, tmp_path / "hf", options, lambda text: None, trust=trust)
+
+    with pytest.raises(RequestError, match=r"names posix\.system"):
+        convert(trust=False)
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "hf").exists()
+    convert(trust=True)
+    assert (tmp_path / "ran").exists()
+    assert (tmp_path / "hf" / "config.json").exists()

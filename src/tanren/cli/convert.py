@@ -86,9 +86,14 @@ def hf_to_mcore(
 def mcore_to_hf(
     source: Source, target: Target, dtype: Type = None, force: Force = False,
     verify: Verify = False, max_shard_size: ShardSize = "5GB", like: Like = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="run what the files of SRC say, if it comes to that")
+    ] = False,
 ) -> None:  # fmt: skip
-    """A megatron-core checkpoint, of any layout, to a Hugging Face folder."""
-    _by_hand("mcore_to_hf", source, target, dtype, force, verify, max_shard_size, like=like)
+    """A checkpoint of megatron-core or Megatron-LM, of any layout, to a Hugging Face folder."""
+    _by_hand(
+        "mcore_to_hf", source, target, dtype, force, verify, max_shard_size, like=like, trust=trust
+    )
 
 
 class Format(str, Enum):

@@ -6,14 +6,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
-from tanren.convert import audit, folders, hf, llama, lora, mcore
+from tanren.convert import audit, folders, hf, legacy, llama, mcore, megatron
 from tanren.convert.tensors import Cast, Tensors
 from tanren.data import tokenizer as tokenizers
 from tanren.plan.paths import RunFolder, iteration_of
@@ -102,14 +101,16 @@ def write_hf_part(folder: Path, model: Model, tensors: Tensors, source: Path) ->
 
 
 def mcore_to_hf(
-    source: Path, target: Path, options: Options, say: Say, *, like: Path | None = None
-) -> Made:
-    """A torch_dist checkpoint to a Hugging Face folder.
+    source: Path, target: Path, options: Options, say: Say, *, like: Path | None = None,
+    trust: bool = False,
+) -> Made:  # fmt: skip
+    """A checkpoint of megatron-core or Megatron-LM to a Hugging Face folder.
 
     Args:
         source: a checkpoint, the folder above several (its newest is taken), or a run folder.
         like: a Hugging Face folder whose config.json and tokenizer are the model's. Without it
             what lies in hf/ beside the checkpoint, else what its arguments say.
+        trust: run what the pickles in the checkpoint name; see `unpickle`.
     Raises:
         RequestError: something is not right with the folders, the files or the model.
         WorkError: the disk did not take it.
@@ -119,16 +120,17 @@ def mcore_to_hf(
     checkpoint = newest(source)
     base = folders.read_from(like) if like else beside(checkpoint)
     say(f"reading {checkpoint}")
-    model = shape_of(checkpoint, base)
-    with mcore.open_checkpoint(checkpoint) as stored:
-        tensors = cast(llama.to_hf(model, stored, checkpoint), options.dtype)
+    stated = llama.model_of(hf.read_config(base), base / "config.json") if base else None
+    with megatron.open_any(checkpoint, trust=trust, like=stated) as opened:
+        model = opened.model
+        tensors = cast(llama.to_hf(model, opened.tensors, checkpoint), options.dtype)
         folders.check_room(final, sizes(tensors))
         say(f"writing {model.parameters / 1e9:.2f} B parameters")
-        tokenizer = base if base and tokenizers.is_there(base) else None
+        tokenizer = base if base and tokenizers.is_there(base) else opened.tokenizer
 
         def verify(partial: Path) -> None:
             if options.verify is not None:
-                options.verify(partial, cast(stored, options.dtype), model, None)
+                options.verify(partial, cast(opened.tensors, options.dtype), model, None)
 
         with folders.alone(final):
             hf.write_model(
@@ -140,7 +142,7 @@ def mcore_to_hf(
 
 def newest(source: Path) -> Path:
     """The checkpoint that a folder is, or the newest of those that it holds."""
-    if (source / ".metadata").exists():
+    if (source / ".metadata").exists() or legacy.is_legacy(source):
         found = source
     else:
         above = source / "checkpoints" if (source / "checkpoints").is_dir() else source
@@ -151,6 +153,9 @@ def newest(source: Path) -> Path:
         else:
             there = [(number, path) for path in above.iterdir() if (number := iteration_of(path))]
             found = max(there)[1] if there else above
+    if legacy.is_legacy(found):
+        return found
+    megatron.check_backend(found)
     problem = runs.checkpoint_problem(found, foreign=True)
     if problem:
         raise RequestError(
@@ -172,33 +177,6 @@ def beside(checkpoint: Path) -> Path | None:
     if not stated or not Path(stated).joinpath("config.json").exists():
         return None
     return Path(stated)
-
-
-def shape_of(checkpoint: Path, base: Path | None) -> Model:
-    """The model's shape, as its config.json and the checkpoint's own arguments state it.
-
-    Raises:
-        RequestError: neither does, or they disagree.
-    """
-    common = mcore.common_of(checkpoint)
-    settings = lora.settings_in(common)
-    if settings is not None:
-        raise RequestError(
-            checkpoint, "holds adapters, and not the weights that they belong to",
-            "bin/tanren export RECIPE merges them, or writes them for PEFT",
-        )  # fmt: skip
-    stated: Any = common.get("args")
-    if base is None:
-        return llama.model_of_arguments(stated, checkpoint)
-    model = llama.model_of(hf.read_config(base), base / "config.json")
-    differing = llama.differing_arguments(model, stated)
-    if differing:
-        raise RequestError(
-            base / "config.json",
-            f"is not that of {checkpoint}: {'; '.join(differing)}",
-            "name the folder of its model with --like",
-        )
-    return model
 
 
 def cast(tensors: Tensors, dtype: str | None) -> Tensors:

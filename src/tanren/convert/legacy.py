@@ -184,7 +184,9 @@ def _ranks(folder: Path) -> dict[int, list[Path]]:
 def _state(path: Path, trust: bool) -> dict[str, Any]:
     state = unpickle.load(path, trust=trust, mapped=True)
     if not isinstance(state, dict):
-        raise RequestError(path, f"holds a {type(state).__name__}, and no checkpoint")
+        raise RequestError(
+            path, f"holds a {type(state).__name__}, and no checkpoint", "is it Megatron-LM's?"
+        )
     return state
 
 

@@ -411,52 +411,6 @@ def megatron_arguments(shape: Model) -> argparse.Namespace:
     )
 
 
-def model_of_arguments(arguments: argparse.Namespace | None, place: object) -> Model:
-    """The shape that a checkpoint's arguments state, as `megatron_arguments` writes them.
-
-    Raises:
-        RequestError: they do not state all of it.
-    """
-    another = "name a Hugging Face folder of the model: --like"
-    stated = vars(arguments) if arguments is not None else {}
-    try:
-        scaling = RopeScaling(factor=float(stated["rope_scaling_factor"]))
-        return Model(
-            layers=stated["num_layers"],
-            hidden_size=stated["hidden_size"],
-            ffn_hidden_size=stated["ffn_hidden_size"],
-            attention_heads=stated["num_attention_heads"],
-            kv_groups=stated["num_query_groups"],
-            head_size=stated["kv_channels"],
-            vocabulary_size=stated["vocab_size"],
-            max_positions=stated["max_position_embeddings"],
-            rotary_base=float(stated["rotary_base"]),
-            rope_scaling=scaling if stated["use_rope_scaling"] else None,
-            norm_epsilon=stated["norm_epsilon"],
-            tied_embeddings=not stated["untie_embeddings_and_output_weights"],
-        )
-    except KeyError as error:
-        raise RequestError(place, f"does not say its {error.args[0]}", another) from None
-    except ValidationError:
-        raise RequestError(place, "does not say its shape", another) from None
-
-
-def differing_arguments(model: Model, arguments: argparse.Namespace | None) -> list[str]:
-    """What a checkpoint's arguments state otherwise than a shape does, with both values."""
-    wanted = vars(megatron_arguments(model))
-    stated = vars(arguments) if arguments is not None else {}
-    # How far the vocabulary is padded is the checkpoint's own affair, and so are its positions.
-    compared = [key for key in wanted if key not in ("padded_vocab_size", "vocab_size",
-                                                     "max_position_embeddings")]  # fmt: skip
-    if not model.rope_scaling:
-        compared.remove("rope_scaling_factor")
-    return [
-        f"{key} is {stated[key]} there, and {wanted[key]} here"
-        for key in compared
-        if stated.get(key) is not None and stated[key] != wanted[key]
-    ]
-
-
 def differences(here: Model, there: Model) -> list[str]:
     """Each field in which two shapes differ, with both values."""
     ignored = {"init_std", "head_size"}

@@ -114,7 +114,7 @@ def identify(path: Path) -> Found:
     if legacy.is_legacy(path):
         return Found(TORCH, path)
     if (path / "metadata.json").is_file() or (path / ".metadata").is_file():
-        _check_backend(path)
+        check_backend(path)
         return Found(TORCH_DIST, path)
     if (path / "config.json").is_file():
         return Found(HF, path)
@@ -137,7 +137,8 @@ def _tracked(root: Path) -> Path:
     except FileNotFoundError:
         raise RequestError(tracker, "is missing", "name a checkpoint's own folder") from None
     if word != "release" and not word.isdecimal():
-        raise RequestError(tracker, f"holds {word[:40]!r}, and no iteration")
+        raise RequestError(tracker, f"holds {word[:40]!r}, and no iteration",
+                           "name a checkpoint's own folder")  # fmt: skip
     folder = root / (word if word == "release" else f"iter_{int(word):07d}")
     if not folder.is_dir():
         raise RequestError(tracker, f"names {folder.name}, which is not there",
@@ -145,7 +146,7 @@ def _tracked(root: Path) -> Path:
     return folder
 
 
-def _check_backend(folder: Path) -> None:
+def check_backend(folder: Path) -> None:
     """Refuse the other formats of Megatron-LM by their names."""
     path = folder / "metadata.json"
     if not path.is_file():
@@ -153,7 +154,9 @@ def _check_backend(folder: Path) -> None:
     try:
         backend = orjson.loads(path.read_bytes())["sharded_backend"]
     except (orjson.JSONDecodeError, KeyError, TypeError):
-        raise RequestError(path, "does not say how the tensors are stored") from None
+        raise RequestError(
+            path, "does not say how the tensors are stored", "bring the checkpoint again, whole"
+        ) from None
     if backend != "torch_dist":
         raise RequestError(
             path,
@@ -163,15 +166,14 @@ def _check_backend(folder: Path) -> None:
 
 
 @contextmanager
-def open_any(
-    path: Path, *, trust: bool = False, vocabulary_size: int | None = None
-) -> Iterator[Opened]:
+def open_any(path: Path, *, trust: bool = False, like: Model | None = None) -> Iterator[Opened]:
     """A checkpoint of any kind that is read here.
 
     Args:
         path: a checkpoint's folder, or one with Megatron's tracker file, which names it.
         trust: run what the pickles in it name; see `unpickle`.
-        vocabulary_size: where the checkpoint knows its padded size alone, as Megatron-LM's do.
+        like: the model's shape where it is known, with what a checkpoint does not say: the size of
+            the vocabulary without its padding, and the positions.
     Raises:
         RequestError: it is none, it is not whole, it holds another model than a LLaMA, or a file
             names what could run code; tensors that are missing or too many are named.
@@ -214,7 +216,8 @@ def open_any(
             "is it a checkpoint of another program?",
         )  # fmt: skip
     tokenizer = _tokenizer(args, run)
-    model = shape_of(args, folder, vocabulary_size or _vocabulary(args, run, tokenizer))
+    vocabulary = like.vocabulary_size if like else _vocabulary(args, run, tokenizer)
+    model = shape_of(args, folder, vocabulary, like)
     tensors = named.named(model, source, folder)
     yield Opened(WORDS[found.kind], folder, tensors, model, iteration, tokenizer)
 
@@ -252,15 +255,25 @@ def _vocabulary(
     return None if tokenizer is None else tokenizers.read(tokenizer).size
 
 
-def shape_of(args: argparse.Namespace, place: object, vocabulary_size: int | None = None) -> Model:
+def shape_of(
+    args: argparse.Namespace, place: object, vocabulary_size: int | None = None,
+    like: Model | None = None,
+) -> Model:  # fmt: skip
     """The shape that Megatron-LM's arguments state.
 
     Args:
         vocabulary_size: without padding; None for the padded one, which is all they have.
+        like: what the shape has to be; it says what they do not.
     Raises:
-        RequestError: the model has what the engine has not; the argument is named.
+        RequestError: the model has what the engine has not, the argument is named; or it is
+            another one than `like`, which is said with both values.
     """
     said = vars(args)
+    # Those of our first checkpoints do not say whether the rotary embedding is scaled.
+    whole = "swiglu" in said
+    if not whole and like is None:
+        raise RequestError(place, "does not say all of its shape",
+                           "name a Hugging Face folder of the model: --like")  # fmt: skip
     # Before the argument add_bias_linear there was disable_bias_linear.
     if "add_bias_linear" not in said and "disable_bias_linear" in said:
         said = said | {"add_bias_linear": not said["disable_bias_linear"]}
@@ -271,7 +284,10 @@ def shape_of(args: argparse.Namespace, place: object, vocabulary_size: int | Non
             value = said.get(name)
             if value is not None and value not in allowed:
                 wanted = f", and {allowed[0]} is read" if strict else ", which the engine has not"
-                raise RequestError(place, f"was trained with {name} {value}{wanted}")
+                raise RequestError(
+                    place, f"was trained with {name} {value}{wanted}",
+                    "train and convert it with Megatron-LM",
+                )  # fmt: skip
     padded = said.get("padded_vocab_size")
     size = vocabulary_size or padded
     if padded is not None and size is not None and size > padded:
@@ -299,7 +315,7 @@ def shape_of(args: argparse.Namespace, place: object, vocabulary_size: int | Non
         **({"init_std": std} if std else {}),
     }
     try:
-        return Model.model_validate(values)
+        model = Model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
@@ -308,6 +324,18 @@ def shape_of(args: argparse.Namespace, place: object, vocabulary_size: int | Non
             place, f"its args give no shape: {field}: {what}" if field else what,
             "is it a checkpoint of Megatron-LM?",
         ) from None  # fmt: skip
+    if like is None:
+        return model
+    unsaid: dict[str, Any] = {"max_positions": like.max_positions}
+    if not whole:
+        unsaid["rope_scaling"] = like.rope_scaling
+    differing = llama.differences(like, model.model_copy(update=unsaid))
+    if differing:
+        raise RequestError(
+            place, f"is another model: {'; '.join(differing)}",
+            "name the folder of its model with --like",
+        )  # fmt: skip
+    return like
 
 
 def _rope_scaling(said: Mapping[str, Any]) -> RopeScaling | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -103,14 +103,20 @@ class _Named:
                 if whole is None:
                     continue
                 found[name] = whole
-                # More or fewer rows of padding are cut and filled.
+                # Whatever padding there is, ours is zeros.
                 if key in _VOCABULARY and model.vocabulary_size <= whole.shape[0]:
                     found[name] = Stored((rest[0], *whole.shape[1:]), whole.dtype)
+                    without = (model.vocabulary_size, *whole.shape[1:])
+                    (piece,) = self._pieces[key, layer].values()
+                    self._pieces[key, layer] = {-1: replace(piece, shape=without)}
         found |= {name: Stored((), torch.float32) for name in surplus if name not in expected}
         llama.check_tensors(found, expected, place)
         twice = [name for name in surplus if name in expected]
         if twice:
-            raise RequestError(place, f"holds {', '.join(twice[:5])} twice, under two names")
+            raise RequestError(
+                place, f"holds {', '.join(twice[:5])} twice, under two names",
+                "save the checkpoint again with the Megatron-LM that made it",
+            )  # fmt: skip
         return {key: Stored(shape, self._dtype(key, place)) for key, shape in wanted.items()}
 
     def _dtype(self, key: str, place: object) -> torch.dtype:
@@ -123,7 +129,10 @@ class _Named:
         }
         if len(kinds) > 1:
             said = ", ".join(f"{name} is {kind}" for kind, name in kinds.items())
-            raise RequestError(place, f"{said}, and they become one tensor")
+            raise RequestError(
+                place, f"{said}, and they become one tensor",
+                "are there files of two checkpoints in the folder?",
+            )  # fmt: skip
         (dtype,) = kinds
         return dtype
 
@@ -153,7 +162,7 @@ class _Named:
             if low < high:
                 found.append(rows(self._source, piece.name, piece.layer, low, high))
             at += piece.shape[0]
-        if stop > at:  # only the padding of the vocabulary can be short
+        if stop > at:  # the padding of the vocabulary
             width = self.stored[name].shape[1:]
             found.append(
                 torch.zeros((stop - max(start, at), *width), dtype=self.stored[name].dtype)

@@ -36,6 +36,7 @@ _FOREIGN = (
 )  # fmt: skip
 # Protocol 2, which torch.save takes, writes modules under the names that Python 2 had.
 _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+_AGAIN = "bring the checkpoint again, whole"
 _ZIP = b"PK\x03\x04"
 
 
@@ -210,9 +211,9 @@ def load(path: Path, *, trust: bool = False, mapped: bool = False) -> Any:
         with path.open("rb") as stream:
             begin = stream.read(4)
     except FileNotFoundError:
-        raise RequestError(path, "is missing", "bring the checkpoint again, whole") from None
+        raise RequestError(path, "is missing", _AGAIN) from None
     except OSError as error:
-        raise RequestError(path, f"cannot be read: {error.strerror}") from None
+        raise RequestError(path, f"cannot be read: {error.strerror}", _AGAIN) from None
     # An archive of TorchScript would go to another loader.
     if begin != _ZIP or _is_script(path):
         raise RequestError(
@@ -244,7 +245,7 @@ def load_metadata(path: Path, *, trust: bool = False) -> dcp.Metadata:
     except FileNotFoundError:
         raise RequestError(path, "is missing", "is it a torch_dist checkpoint?") from None
     except OSError as error:
-        raise RequestError(path, f"cannot be read: {error.strerror}") from None
+        raise RequestError(path, f"cannot be read: {error.strerror}", _AGAIN) from None
     except RequestError:
         raise
     except Exception as error:  # a pickle with a wrong byte raises anything
@@ -255,7 +256,7 @@ def load_metadata(path: Path, *, trust: bool = False) -> dcp.Metadata:
         if "state_dict_metadata" in found.state:
             found = dcp.Metadata(**{key: found.state[key] for key in known if key in found.state})
     if not isinstance(found, dcp.Metadata):
-        raise RequestError(path, "holds no metadata of torch.distributed.checkpoint")
+        raise RequestError(path, "holds no metadata of torch.distributed.checkpoint", _AGAIN)
     return found
 
 
@@ -289,4 +290,4 @@ def _is_script(path: Path) -> bool:
 def _torn(path: Path, error: Exception) -> RequestError:
     # torch adds the lines of C++ that it came through.
     words = (str(error) or type(error).__name__).splitlines()[0]
-    return RequestError(path, f"is not whole: {words}", "bring the checkpoint again, whole")
+    return RequestError(path, f"is not whole: {words}", _AGAIN)
