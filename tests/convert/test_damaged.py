@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import shutil
 from collections.abc import Callable
@@ -133,6 +134,29 @@ def test_whatever_is_damaged_is_refused_in_words_or_makes_no_difference(
     # Neither all nor nothing: what is damaged here is worth damaging.
     assert found["refused"] > CASES // 3
     assert found["equal"] > CASES // 20
+
+
+@pytest.mark.parametrize("change", ["length", "file"])
+def test_two_tensors_that_would_lie_in_one_place_are_refused(
+    whole: Path, tmp_path: Path, change: str
+) -> None:
+    """Archives are found from their ends: with a wrong length another one is read."""
+    folder = shutil.copytree(whole / "mcore", tmp_path / "mcore")
+    path = folder / "release" / ".metadata"
+    found = torch_dist.read_metadata(path.parent)
+    boxes = [one for index, one in found.storage_data.items() if index.offset is not None]
+    boxes.sort(key=lambda one: (one.relative_path, one.offset))
+    if change == "length":
+        assert boxes[-2].relative_path == boxes[-1].relative_path
+        boxes[-2].length += boxes[-1].length
+    else:
+        boxes[-1].relative_path = boxes[0].relative_path
+    path.write_bytes(pickle.dumps(found))
+    runs.write_file_list(path.parent)
+    with pytest.raises(RequestError, match="says that two tensors overlap in __0_") as refused:
+        interchange.mcore_to_hf(folder, tmp_path / "back", Options(), lambda text: None)
+    assert refused.value.place == str(path)
+    assert not (tmp_path / "back").exists()
 
 
 def poisoned(folder: Path, name: str = "model.layers.1.mlp.up_proj.weight") -> Path:
