@@ -153,8 +153,8 @@ def _base(plan: TrainingPlan) -> Path:
     if problem:
         raise RequestError(checkpoint, problem, "make the base again, or fetch it again")
     # megatron-core would run what these name.
-    unpickle.load(checkpoint / "common.pt")
-    unpickle.load_metadata(checkpoint / ".metadata")
+    unpickle.load(tensors / "common.pt")
+    unpickle.load_metadata(tensors / ".metadata")
     return checkpoint
 
 
