@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from tanren.config.errors import RequestError, WorkError
 from tanren.config.model import Model, RopeScaling
-from tanren.convert import hf, interchange, llama
+from tanren.convert import hf, interchange, llama, nemo
 from tanren.convert.interchange import Options
 from tanren.convert.tensors import Held
 from tanren.stages import verify
@@ -111,10 +112,15 @@ def conversions(root: Path) -> dict[str, Any]:
     convert("out", interchange.mcore_to_hf, root / "made" / "in")
     convert("in-bf16", interchange.hf_to_mcore, there, "bf16")
     convert("out-bf16", interchange.mcore_to_hf, root / "made" / "in", "bf16")
+    convert("nemo1", partial(nemo.hf_to_nemo, kind="nemo1"), there)
+    convert("nemo2", nemo.hf_to_nemo, there, "bf16")
+    convert("of-nemo1", nemo.nemo_to_hf, root / "made" / "nemo1")
+    convert("of-nemo2", partial(nemo.nemo_to_hf, like=there), root / "made" / "nemo2")
     join, split = llama._join_qkv, llama._split_qkv
     sizes = [one.shape[0] for one in split(SHAPE, torch.empty(128, 64))]
     llama._join_qkv = lambda model, parts: torch.cat(parts)
     convert("bug-in", interchange.hf_to_mcore, there)
+    convert("bug-nemo", nemo.hf_to_nemo, there)
     llama._join_qkv = join
     llama._split_qkv = lambda model, tensor: list(torch.split(tensor, sizes))
     convert("bug-out", interchange.mcore_to_hf, root / "made" / "in")
