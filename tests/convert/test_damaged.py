@@ -159,6 +159,25 @@ def test_two_tensors_that_would_lie_in_one_place_are_refused(
     assert not (tmp_path / "back").exists()
 
 
+@pytest.mark.parametrize("change", [1, 4, -1])
+def test_a_header_that_would_shift_a_tensor_is_refused(
+    whole: Path, tmp_path: Path, change: int
+) -> None:
+    """torch itself believes it, and reads what lies some bytes beside."""
+    folder = shutil.copytree(whole / "mcore", tmp_path / "mcore")
+    file = folder / "release" / "__0_1.distcp"
+    content = bytearray(file.read_bytes())
+    # The first entry's own header: signature, ..., length of its name, length of the extra field.
+    start = content.rindex(b"PK\3\4", 0, content.index(b"archive/data/0"))
+    extra = int.from_bytes(content[start + 28 : start + 30], "little")
+    content[start + 28 : start + 30] = (extra + change).to_bytes(2, "little")
+    file.write_bytes(content)
+    with pytest.raises(RequestError, match="the header of archive/data/0 is not one") as refused:
+        interchange.mcore_to_hf(folder, tmp_path / "back", Options(), lambda text: None)
+    assert refused.value.place == str(file)
+    assert not (tmp_path / "back").exists()
+
+
 def poisoned(folder: Path, name: str = "model.layers.1.mlp.up_proj.weight") -> Path:
     """A Hugging Face folder with one NaN."""
     tensors = models.weights(MODEL)

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from tanren.config.errors import RequestError
 from tanren.config.model import Model, RopeScaling
 
+_AGAIN = "bring the checkpoint again, whole"
 # Fields of NeMo's, each with the values that a LLaMA of the engine has.
 _LLAMA_2: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",),
@@ -77,7 +78,7 @@ def read_nemo2(context: Path, vocabulary: int) -> Model:
         model = _read_yaml(place)
         config = model.get("config")
         if not isinstance(config, dict):
-            raise RequestError(place, "states no config of a model")
+            raise RequestError(place, "states no config of a model", _AGAIN)
         kind = str(config.get("_target_", ""))
         activation = config.get("activation_func")
         name = activation.get("_target_") if isinstance(activation, dict) else activation
@@ -87,7 +88,7 @@ def read_nemo2(context: Path, vocabulary: int) -> Model:
         name = None
     _refuse(config, _LLAMA_2, place)
     if name is not None and str(name).rpartition(".")[2] != "silu":
-        raise RequestError(place, f"activation_func is {name}, and the engine's silu")
+        raise RequestError(place, f"activation_func is {name}, and the engine's silu", _AGAIN)
     scaled = None
     if "scale_factor" in config:
         scaled = {
@@ -97,7 +98,7 @@ def read_nemo2(context: Path, vocabulary: int) -> Model:
             "original_max_positions": config["old_context_len"],
         }
     elif "Llama31" in kind or "Llama32" in kind:
-        raise RequestError(place, f"{kind} without a scale_factor")
+        raise RequestError(place, f"{kind} without a scale_factor", _AGAIN)
     return _model(
         place,
         layers=config.get("num_layers"),
@@ -168,9 +169,10 @@ def _read_yaml(place: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise RequestError(place, "is missing", "name a folder that holds a model") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RequestError(place, f"is no YAML: {' '.join(str(error).split())}") from None
+        what = " ".join(str(error).split())
+        raise RequestError(place, f"is no YAML: {what}", _AGAIN) from None
     if not isinstance(value, dict):
-        raise RequestError(place, "states no fields of a model")
+        raise RequestError(place, "states no fields of a model", _AGAIN)
     return value
 
 
@@ -188,9 +190,9 @@ def _read_graph(place: Path) -> tuple[str, dict[str, Any]]:
         raise RequestError(place, "is missing, and so is model.yaml",
                            "name a folder that NeMo has written") from None  # fmt: skip
     except orjson.JSONDecodeError as error:
-        raise RequestError(place, f"is not JSON: {error}") from None
+        raise RequestError(place, f"is not JSON: {error}", _AGAIN) from None
     except (KeyError, TypeError, IndexError, AttributeError, StopIteration):
-        raise RequestError(place, "describes no model as NeMo writes one") from None
+        raise RequestError(place, "describes no model as NeMo writes one", _AGAIN) from None
     if kind not in _GENERAL:
         raise RequestError(
             place.with_name("model.yaml"),
@@ -223,16 +225,19 @@ def _model(place: Path, **fields: Any) -> Model:
         )  # fmt: skip
     if any(name != "head_size" for name in missing):
         raise RequestError(
-            place, f"states no {next(name for name in missing if name != 'head_size')}"
+            place, f"states no {next(name for name in missing if name != 'head_size')}", _AGAIN
         )
     for name in ("rotary_base", "norm_epsilon", "init_std"):
         # YAML 1.1 reads 1e-05 as text.
-        fields[name] = float(fields[name])
+        try:
+            fields[name] = float(fields[name])
+        except (TypeError, ValueError):
+            raise RequestError(place, f"{name} is {fields[name]!r}", _AGAIN) from None
     try:
         return Model(**fields, rope_scaling=RopeScaling(**scaling) if scaling else None)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise RequestError(
-            place, f"{field}: {first['msg'].removeprefix('Value error, ')}"
+            place, f"{field}: {first['msg'].removeprefix('Value error, ')}", _AGAIN
         ) from None

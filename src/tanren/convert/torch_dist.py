@@ -278,12 +278,27 @@ def _find(file: Path, offset: int, length: int, numel: int) -> _Place | None:
                 return None
             stream.seek(offset + data.header_offset + _LENGTHS)
             name, extra = struct.unpack("<HH", stream.read(4))
+            rest = stream.read(name + extra)
     except FileNotFoundError:
         raise RequestError(file, "is missing", "bring the checkpoint again, whole") from None
     except Exception:
         # A wrong byte raises anything. torch's own reading says what is wrong, or that nothing is.
         return None
+    # Where the elements begin: torch, too, believes these lengths, and no checksum is compared.
+    if rest[:name] != data.orig_filename.encode() or not _in_fields(rest[name:]):
+        raise RequestError(
+            file, f"is broken: the header of {data.orig_filename} is not one",
+            "bring the checkpoint again, whole",
+        )  # fmt: skip
     return _Place(file, offset + data.header_offset + _HEADER + name + extra, dtype)
+
+
+def _in_fields(extra: bytes) -> bool:
+    """Whether a zip entry's extra bytes are fields from end to end: kind, length, content."""
+    at = 0
+    while at + 4 <= len(extra):
+        at += 4 + struct.unpack_from("<H", extra, at + 2)[0]
+    return at == len(extra)
 
 
 def _dtype(content: bytes, numel: int) -> torch.dtype | None:
