@@ -18,6 +18,7 @@ STAGES = ("preprocess", "convert", "midtrain", "export")
 @pytest.mark.parametrize("verb", [*STAGES, "plan", "mix"])
 def test_help_ends_with_an_example_that_plans(bare: Tanren, verb: str) -> None:
     done = bare(verb, "--help")
+    assert done.out.startswith(f"Usage: tanren {verb} "), done.out
     assert done.code == 0
     example = done.out.rstrip().splitlines()[-1].strip()
     assert example.startswith(f"Example: bin/tanren {verb} recipes/tiny/")

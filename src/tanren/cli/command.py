@@ -95,7 +95,7 @@ def order_of(
 def main() -> None:
     """The entry point: errors become one message and the contract's exit codes."""
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="tanren", standalone_mode=False)
         # An exit code of a verb comes back as a value here; verbs that just end return None.
         sys.exit(code if isinstance(code, int) else 0)
     except TanrenError as error:
