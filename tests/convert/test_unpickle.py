@@ -96,6 +96,7 @@ def test_tensors_stay_in_the_file_until_they_are_read(tmp_path: Path) -> None:
 
 
 ENUM = b"cmegatron.core.transformer.enums\nAttnBackend\n"
+FORMAT = b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\n"
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,10 @@ ENUM = b"cmegatron.core.transformer.enums\nAttnBackend\n"
         (ENUM + b"(I5\ntR.", 5),
         # As the first versions of Python 3.11 pickle a member.
         (b"cbuiltins\ngetattr\n(" + ENUM + b"S'auto'\ntR.", "auto"),
+        (
+            b"cbuiltins\ngetattr\n(" + FORMAT + b"S'TORCH_PRESERVE_FORMAT'\ntR.",
+            dcp._MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT,
+        ),
         (b"csignal\nSignals\n(I15\ntR.", "SIGTERM"),
     ],
 )
@@ -160,6 +165,7 @@ def test_what_could_run_is_refused_by_its_name(
         (b"ctorch._utils\n_rebuild_tensor_v2\n)\x81.", "for a class"),
         (b"c_codecs\nencode\n(Vx\nVrot13\ntR.", "it encodes as rot13"),
         (b"cbuiltins\ngetattr\n(cargparse\nNamespace\nS'__init__'\ntR.", "takes attributes"),
+        (b"cbuiltins\ngetattr\n(" + FORMAT + b"S'mro'\ntR.", "takes attributes"),
         (b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(VO\ntRC\x00tR.", "of the kind O"),
         (b"", "is not whole"),
         (b"garbage", "is not whole"),

@@ -13,6 +13,7 @@ import argparse
 import collections
 import dataclasses
 import datetime
+import enum
 import io
 import pickle
 import signal
@@ -64,6 +65,8 @@ class _Sealed(type):
     """
 
     _call: Callable[..., Any]
+    # Of an enum, which is known by its members' names as well.
+    members: dict[str, enum.Enum]
 
     def __call__(cls, *arguments: Any) -> Any:
         return cls._call(*arguments)
@@ -84,7 +87,10 @@ def _sealed(name: str, call: Callable[..., Any], new: Callable[..., Any] | None 
 
 
 def _class(real: type) -> _Sealed:
-    return _sealed(real.__qualname__, real, lambda *rest: real.__new__(real, *rest))
+    found = _sealed(real.__qualname__, real, lambda *rest: real.__new__(real, *rest))
+    if issubclass(real, enum.Enum):
+        type.__setattr__(found, "members", dict(real.__members__))
+    return found
 
 
 def _foreign(kind: str) -> _Sealed:
@@ -99,11 +105,14 @@ def _foreign(kind: str) -> _Sealed:
     return found
 
 
-def _member(owner: Any, name: str) -> str:
-    """getattr, as some versions of Python pickle the member of an enum."""
-    if not getattr(owner, "foreign", False):
-        raise pickle.UnpicklingError("it takes attributes of objects")
-    return name
+def _member(owner: Any, name: str) -> Any:
+    """getattr, as Python 3.11.0 to 3.11.3 and some others pickle the member of an enum."""
+    if isinstance(owner, _Sealed):
+        if getattr(owner, "foreign", False):
+            return name
+        if name in getattr(owner, "members", {}):
+            return owner.members[name]
+    raise pickle.UnpicklingError("it takes attributes of objects")
 
 
 def _latin(text: str, encoding: str) -> bytes:
