@@ -255,3 +255,9 @@ def test_arguments_of_another_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="release: does not say all of its shape"):
         out_of(tmp_path / "mcore", tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def test_amounts_are_said_in_a_unit_of_their_size() -> None:
+    assert interchange.amount(8_590_000_000) == "8.59 B"
+    assert interchange.amount(2_361_024) == "2.4 M"
+    assert interchange.amount(17_180_000_000, "G") == "17.18 G"

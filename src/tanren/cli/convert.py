@@ -164,7 +164,7 @@ def _by_hand(
         )
     seconds = time.monotonic() - began
     screen.print(
-        f"{made.parameters / 1e9:.2f} B parameters, {made.size / 1e9:.2f} GB in {seconds:.1f} s: "
-        f"{made.folder}",
+        f"{interchange.amount(made.parameters)} parameters, "
+        f"{interchange.amount(made.size, 'G')}B in {seconds:.1f} s: {made.folder}",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip

@@ -57,6 +57,11 @@ class Made:
     size: int
 
 
+def amount(number: int, billion: str = "B") -> str:
+    """`8.59 B` or `2.4 M`: for people. A billion bytes are a `G`."""
+    return f"{number / 1e9:.2f} {billion}" if number >= 10**9 else f"{number / 1e6:.1f} M"
+
+
 def shard_size(text: str) -> int:
     """Bytes from `5GB`, `500MB` or `2GiB`."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Za-z]*)", text.strip())
@@ -82,7 +87,7 @@ def hf_to_mcore(source: Path, target: Path, options: Options, say: Say) -> Made:
         audit.check_base(source, stored, model)
         tensors = llama.to_mcore(model, cast(stored, options.dtype), source)
         folders.check_room(final, sizes(tensors))
-        say(f"writing {model.parameters / 1e9:.2f} B parameters")
+        say(f"writing {amount(model.parameters)} parameters")
         with folders.alone(final), runs.whole_folder(final) as partial:
             mcore.write_base(model, tensors, partial / RELEASE, place=source)
             write_hf_part(partial / HF, model, tensors, source)
@@ -125,7 +130,7 @@ def mcore_to_hf(
         model = opened.model
         tensors = cast(llama.to_hf(model, opened.tensors, checkpoint), options.dtype)
         folders.check_room(final, sizes(tensors))
-        say(f"writing {model.parameters / 1e9:.2f} B parameters")
+        say(f"writing {amount(model.parameters)} parameters")
         tokenizer = base if base and tokenizers.is_there(base) else opened.tokenizer
 
         def verify(partial: Path) -> None:

@@ -31,7 +31,7 @@ from tanren.convert import (
     nemo_context,
     torch_dist,
 )
-from tanren.convert.interchange import Made, Options, Say, cast, sizes
+from tanren.convert.interchange import Made, Options, Say, amount, cast, sizes
 from tanren.convert.tensors import Stored, Tensors, rows
 from tanren.data import template
 from tanren.data import tokenizer as tokenizers
@@ -90,7 +90,7 @@ def hf_to_nemo(
         tensors = llama.to_mcore(model, cast(stored, options.dtype), source)
         # An archive is packed from a folder beside it.
         folders.check_room(final, sizes(tensors) * (2 if archive else 1))
-        say(f"writing {model.parameters / 1e9:.2f} B parameters")
+        say(f"writing {amount(model.parameters)} parameters")
         if archive:
             with archives.beside(final) as folder:
                 _write(folder, kind, model, tensors, source, source)
@@ -128,7 +128,7 @@ def nemo_to_hf(
                 "say which type they shall have: --dtype bf16 or fp32",
             )  # fmt: skip
         folders.check_room(final, sizes(tensors))
-        say(f"writing {there.model.parameters / 1e9:.2f} B parameters")
+        say(f"writing {amount(there.model.parameters)} parameters")
         with folders.alone(final), runs.whole_folder(final) as partial:
             with audit.passing(tensors, llama.hf_shapes(there.model), source) as passed:
                 hf.write_tensors(partial, passed, max_shard_bytes=options.max_shard_bytes)
