@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -221,6 +222,8 @@ def write_model(
     base: Path | None,
     end_ids: tuple[int, ...] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    generation: Path | None = None,
+    place: object = None,
     verify: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write a whole Hugging Face folder; it appears when it is whole, and has passed the gate.
@@ -228,15 +231,19 @@ def write_model(
     Args:
         tensors: under Hugging Face's names (`llama.to_hf`).
         tokenizer, base, end_ids: see `write_settings`.
+        generation: a generation_config.json to carry over as it is.
+        place: where the tensors come from, for errors; None for the folder.
         verify: is given the folder before it gets its name; what it raises ends it.
     """
     from tanren.convert import audit  # which reads by this module
 
     with whole_folder(folder) as partial:
-        with audit.passing(tensors, llama.hf_shapes(model), folder) as passed:
+        with audit.passing(tensors, llama.hf_shapes(model), place or folder) as passed:
             write_tensors(partial, passed, max_shard_bytes=max_shard_bytes)
         dtype = next(iter(tensors.stored.values())).dtype
         write_settings(partial, model, dtype, tokenizer, base, end_ids)
+        if generation is not None:
+            shutil.copyfile(generation, partial / "generation_config.json")
         template.make_fast(partial)
         audit.check_hf(partial, model, values=False, place=folder)
         verify(partial)

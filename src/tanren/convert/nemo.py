@@ -33,7 +33,6 @@ from tanren.convert import (
 )
 from tanren.convert.interchange import Made, Options, Say, amount, cast, sizes
 from tanren.convert.tensors import Stored, Tensors, rows
-from tanren.data import template
 from tanren.data import tokenizer as tokenizers
 
 Format = Literal["nemo1", "nemo2"]
@@ -129,16 +128,17 @@ def nemo_to_hf(
             )  # fmt: skip
         folders.check_room(final, sizes(tensors))
         say(f"writing {amount(there.model.parameters)} parameters")
-        with folders.alone(final), runs.whole_folder(final) as partial:
-            with audit.passing(tensors, llama.hf_shapes(there.model), source) as passed:
-                hf.write_tensors(partial, passed, max_shard_bytes=options.max_shard_bytes)
-            hf.write_settings(partial, there.model, kinds.pop(), there.tokenizer, base)
-            if base is None and there.generation is not None:
-                shutil.copyfile(there.generation, partial / _GENERATION)
-            template.make_fast(partial)
-            audit.check_hf(partial, there.model, values=False, place=final)
+
+        def verify(partial: Path) -> None:
             if options.verify is not None:
                 options.verify(partial, cast(there.tensors, options.dtype), there.model, None)
+
+        with folders.alone(final):
+            hf.write_model(
+                final, there.model, tensors, tokenizer=there.tokenizer, base=base,
+                max_shard_bytes=options.max_shard_bytes,
+                generation=there.generation if base is None else None, place=source, verify=verify,
+            )  # fmt: skip
     return Made(final, there.model.parameters, sum(sizes(tensors)))
 
 

@@ -101,12 +101,7 @@ def read_nemo2(context: Path, vocabulary: int) -> Model:
         raise RequestError(place, f"{kind} without a scale_factor", _AGAIN)
     return _model(
         place,
-        layers=config.get("num_layers"),
-        hidden_size=config.get("hidden_size"),
-        ffn_hidden_size=config.get("ffn_hidden_size"),
-        attention_heads=config.get("num_attention_heads"),
-        kv_groups=config.get("num_query_groups") or config.get("num_attention_heads"),
-        head_size=config.get("kv_channels"),
+        **_named_alike(config),
         vocabulary_size=config.get("vocab_size") or vocabulary,
         max_positions=config.get("seq_length"),
         rotary_base=config.get("rotary_base"),
@@ -115,6 +110,18 @@ def read_nemo2(context: Path, vocabulary: int) -> Model:
         tied_embeddings=config.get("share_embeddings_and_output_weights", False),
         init_std=config.get("init_method_std", 0.02),
     )
+
+
+def _named_alike(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a shape what NeMo 1 and 2 state under the same names."""
+    return {
+        "layers": config.get("num_layers"),
+        "hidden_size": config.get("hidden_size"),
+        "ffn_hidden_size": config.get("ffn_hidden_size"),
+        "attention_heads": config.get("num_attention_heads"),
+        "kv_groups": config.get("num_query_groups") or config.get("num_attention_heads"),
+        "head_size": config.get("kv_channels"),
+    }
 
 
 def read_nemo1(place: Path, vocabulary: int) -> Model:
@@ -128,12 +135,7 @@ def read_nemo1(place: Path, vocabulary: int) -> Model:
     _refuse(config, _LLAMA_1, place)
     return _model(
         place,
-        layers=config.get("num_layers"),
-        hidden_size=config.get("hidden_size"),
-        ffn_hidden_size=config.get("ffn_hidden_size"),
-        attention_heads=config.get("num_attention_heads"),
-        kv_groups=config.get("num_query_groups") or config.get("num_attention_heads"),
-        head_size=config.get("kv_channels"),
+        **_named_alike(config),
         vocabulary_size=config.get("override_vocab_size") or vocabulary,
         max_positions=_positions(config),
         rotary_base=config.get("rotary_base", 10000),
