@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -109,6 +111,19 @@ class Tanren:
 
     def folder(self, name: str = "midtrain") -> Path:
         return self.runs / "tiny" / name
+
+
+def told_apart(module: str, folder: Path) -> dict[str, Any]:
+    """What a module prints last, as JSON, in a process of its own: engine/cpu.py changes torch."""
+    path = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY)])
+    done = subprocess.run(
+        [sys.executable, "-m", module, str(folder)],
+        env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 180.0) -> None:

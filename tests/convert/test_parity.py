@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import told_apart
 from tests.convert.compare import CASES, SHAPE
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    path = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY)])
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.convert.compare", str(tmp_path_factory.mktemp("parity"))],
-        env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return told_apart("tests.convert.compare", tmp_path_factory.mktemp("parity"))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +11,14 @@ import torch
 from tanren.config.errors import WorkError
 from tanren.data import tokenizer as tokenizers
 from tanren.stages import verify
-from tests.conftest import REPOSITORY, Tanren
+from tests.conftest import Tanren, told_apart
 from tests.convert import models
 from tests.stages.verify_runs import SHAPE
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    path = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY)])
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.stages.verify_runs", str(tmp_path_factory.mktemp("verify"))],
-        env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return told_apart("tests.stages.verify_runs", tmp_path_factory.mktemp("verify"))
 
 
 @pytest.mark.parametrize("case", ["right", "right-tied", "right-scaled", "right-mistral"])
