@@ -93,7 +93,8 @@ class Reduction(MegatronLossReduction):
 
     def reduce(self, reports: list[torch.Tensor]) -> torch.Tensor:
         """The mean loss of the global batch."""
-        return torch.tensor(self._step(reports))
+        # NeMo copies what is not on the GPU there, and can do so with plain numbers alone.
+        return torch.tensor(self._step(reports), device=reports[0].device)
 
 
 class Tuned(llm.LlamaModel):
