@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,6 +200,13 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]:
     if len(set(listed)) < 2:
         assert os.environ.get("CI") != "true", "Slurm has one host"
         pytest.skip("Slurm has one host (SLURM_NODES=2 pretends two)")
+    # Slurm takes a host out of use where a killed job of an earlier test is not gone in a minute,
+    # as happens on a busy machine: then both jobs here would wait for it for ever.
+    reasons = subprocess.run(["sinfo", "-hN", "-o", "%N %E"], capture_output=True, text=True,
+                             check=False).stdout.splitlines()  # fmt: skip
+    for host in {line.split()[0] for line in reasons if "Kill task failed" in line}:
+        warnings.warn(f"Slurm had drained {host}: Kill task failed", stacklevel=1)
+        subprocess.run(["scontrol", "update", f"nodename={host}", "state=resume"], check=False)
     shutil.copytree(request.getfixturevalue("prepared") / "tiny", tmp_path / "runs" / "tiny")
     text = (REPOSITORY / "recipes" / "sites" / "slurm.yaml").read_text()
     text = text.replace("cpu: {gpus: 0, cores: 32, memory_gib: 200, nodes: 1",
