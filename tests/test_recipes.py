@@ -15,9 +15,9 @@ from tanren.config.errors import RequestError
 from tanren.config.load import read_recipe, read_user, sites
 from tanren.config.training import Midtrain
 from tanren.data import hub
-from tanren.launch import fetching, inputs, queue, submit
+from tanren.launch import fetching, inputs, orders, queue, reading
 from tanren.launch.mix import compile_mix
-from tanren.launch.submit import Order
+from tanren.launch.orders import Order
 from tanren.plan.make import make_plan
 from tanren.plan.plan import MidtrainPlan, Plan, TrainingPlan
 from tanren.plan.site import Wish
@@ -80,10 +80,10 @@ def planned(path: Path, site: str, *sets: str, wish: Wish | None = None) -> Plan
     """The plan of a recipe on a site with nothing on disk; site `local` is a CPU."""
     order = order_of(path, *sets)
     if site == "local":
-        return make_plan(submit.read_request(order))
-    stage, recipe = submit.recipe_of(order)
+        return make_plan(reading.read_request(order))
+    stage, recipe = orders.recipe_of(order)
     place = queue.place_of(site, recipe, stage, wish or Wish(), read_user())
-    return make_plan(submit.read_request(order, queue.machine_of(place)))
+    return make_plan(reading.read_request(order, queue.machine_of(place)))
 
 
 def midtrain(name: str, site: str = "abci3", *sets: str, wish: Wish | None = None) -> MidtrainPlan:

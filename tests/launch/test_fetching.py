@@ -15,8 +15,8 @@ from tanren.config.load import read_recipe
 from tanren.convert import hf
 from tanren.data import fetch, hub
 from tanren.data.sources import files_of
-from tanren.launch import container, fetching, inputs, submit
-from tanren.launch.submit import Order
+from tanren.launch import container, fetching, inputs, reading
+from tanren.launch.orders import Order
 from tanren.plan.make import make_plan
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import read_plan
@@ -103,19 +103,19 @@ def test_a_pinned_reference_needs_no_note(fake_hub: Hub, task: Path) -> None:
 
 def test_a_mark_is_the_commit_and_the_files(fake_hub: Hub, task: Path) -> None:
     first, _ = make_hub(fake_hub)
-    request = submit.read_request(order(task))
+    request = reading.read_request(order(task))
     assert request.inputs == {"web": None}
     fetching.fetch_missing(request.recipe, quiet, lambda _: None)
-    mark = submit.read_request(order(task)).inputs["web"]
+    mark = reading.read_request(order(task)).inputs["web"]
     assert mark is not None
     assert mark.startswith(f"{first}: 3 files of ")
     # Other files of the same repository change nothing.
     fetch.fetch(hub.Wanted(hub.parse("o/corpus", "dataset"), ("**",)))
-    assert submit.read_request(order(task)).inputs["web"] == mark
+    assert reading.read_request(order(task)).inputs["web"] == mark
     second = fake_hub.repositories["datasets/o/corpus"].commit({**WEB, "ja/cc.jsonl": LINE % b"d"})
     wanted = inputs.hub_parts(request.recipe)["web"]
     fetch.fetch(wanted, update=True)
-    moved = submit.read_request(order(task)).inputs["web"]
+    moved = reading.read_request(order(task)).inputs["web"]
     assert moved is not None
     assert moved.startswith(f"{second}: 4 files of ")
 
@@ -149,7 +149,7 @@ def test_a_run_fetches_and_knows_when_its_text_moved(
     data = Path(os.environ["DATA"])
     data.rename(data.with_name("away"))
     assert "is done" in bare("preprocess", recipe).out
-    assert submit.changed_files(submit.read_request(order(task, "convert"))) == []
+    assert reading.changed_files(reading.read_request(order(task, "convert"))) == []
     data.with_name("away").rename(data)
     fake_hub.repositories["datasets/o/corpus"].commit({**WEB, "ja/c.jsonl": LINE % b"other"})
     moved = bare("fetch", recipe, "--update")
@@ -157,7 +157,7 @@ def test_a_run_fetches_and_knows_when_its_text_moved(
     again = bare("preprocess", recipe)
     assert again.code == 2
     assert "was made with other settings: inputs.web" in again.err
-    changes = submit.changed_files(submit.read_request(order(task, "convert")))
+    changes = reading.changed_files(reading.read_request(order(task, "convert")))
     assert ["was made from other files" in change.problem for change in changes] == [True]
 
 
@@ -234,5 +234,5 @@ def test_what_a_command_line_names(fake_hub: Hub, task: Path) -> None:
 
 
 def test_a_plan_names_what_it_does_not_have(fake_hub: Hub, task: Path) -> None:
-    plan = make_plan(submit.read_request(order(task)))
+    plan = make_plan(reading.read_request(order(task)))
     assert plan.settings["inputs"] == {"web": None}

@@ -12,9 +12,9 @@ import pytest
 from tanren import runs
 from tanren.cli import app, chains
 from tanren.config.errors import RequestError, WorkError
-from tanren.launch import gate, submit
+from tanren.launch import gate, reading
 from tanren.launch.gate import Trial
-from tanren.launch.submit import Order
+from tanren.launch.orders import Order
 from tanren.plan.make import make_plan
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import Machine, MidtrainPlan
@@ -45,7 +45,7 @@ def trials(
 
 def finish(trial: Trial, *, factor: float = 1.0, steps: int = STEPS) -> RunFolder:
     """Leave what a finished run on two GPUs leaves, its losses multiplied."""
-    plan = make_plan(submit.read_request(trial.order, TWO_GPUS))
+    plan = make_plan(reading.read_request(trial.order, TWO_GPUS))
     assert plan.folder == trial.folder
     plan.folder.root.mkdir(parents=True)
     runs.write_json(plan.folder.plan, json.loads(plan.model_dump_json()))
@@ -68,7 +68,7 @@ def test_its_runs_differ_in_precision_and_in_name_alone(task: Path) -> None:
     assert [one.folder.root.name for one in found] == [
         "midtrain-gate-bf16", "midtrain-gate-delayed", "midtrain-gate-blockwise",
     ]  # fmt: skip
-    plans = [make_plan(submit.read_request(one.order, TWO_GPUS)) for one in found]
+    plans = [make_plan(reading.read_request(one.order, TWO_GPUS)) for one in found]
     settings = [{**plan.settings, "fp8": None} for plan in plans]
     assert settings[0] == settings[1] == settings[2]
     assert [plan.settings["fp8"] for plan in plans] == ["none", "delayed", "blockwise"]
@@ -135,7 +135,7 @@ def test_a_machine_without_fp8_is_refused_before_anything_runs(
 ) -> None:  # fmt: skip
     machine = Machine(gpus=gpus, idle_gpus=idle)
     monkeypatch.setattr(gate, "this_machine", lambda **_: machine)
-    monkeypatch.setattr(submit, "this_machine", lambda **_: machine)
+    monkeypatch.setattr(reading, "this_machine", lambda **_: machine)
     monkeypatch.setattr(gate, "compute_capability", lambda: capability)
     found = trials(task)
     if message is None:
@@ -192,7 +192,7 @@ def test_finished_runs_are_compared_on_a_cpu(bare: Tanren, task: Path) -> None:
 def test_a_control_shows_what_chance_does_and_is_not_judged(bare: Tanren, task: Path) -> None:
     bf16, fp8, control = trials(task, "delayed", control=True)
     assert control.folder.root.name == "midtrain-gate-control"
-    plans = [make_plan(submit.read_request(one.order, TWO_GPUS)) for one in (bf16, control)]
+    plans = [make_plan(reading.read_request(one.order, TWO_GPUS)) for one in (bf16, control)]
     rates = [plan.settings["optimizer"].pop("lr") for plan in plans]
     assert rates == [0.003, 0.00300003]
     assert plans[0].settings == plans[1].settings

@@ -11,9 +11,9 @@ import pytest
 from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.data import indexed
-from tanren.launch import submit
+from tanren.launch import reading
 from tanren.launch.mix import compile_mix
-from tanren.launch.submit import Order
+from tanren.launch.orders import Order
 from tanren.plan.make import make_plan
 from tests.conftest import RECIPES
 
@@ -32,7 +32,7 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def preprocess(task: Path, counted: dict[str, int]) -> None:
     """Leave what preprocess leaves: token files, and the counts that it wrote down."""
-    plan = make_plan(submit.read_request(Order(task / "preprocess.yaml")))
+    plan = make_plan(reading.read_request(Order(task / "preprocess.yaml")))
     plan.folder.tokenizer.mkdir(parents=True)
     sources = []
     for name, tokens in TOKENS.items():

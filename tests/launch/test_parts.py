@@ -13,7 +13,7 @@ from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.data import indexed
 from tanren.data import tokenizer as tokenizers
-from tanren.launch import queue, submit
+from tanren.launch import inputs, orders, queue, reading, submit
 from tanren.plan.make import make_plan
 from tanren.plan.paths import Part, RunFolder
 from tanren.plan.plan import PreprocessPlan, read_plan
@@ -89,7 +89,7 @@ class Site(Cluster):
         """Leave what a part's job leaves when it is done."""
         folder = self.part(number, of)
         _, request = queue.read_order(folder)
-        request = replace(request, inputs=submit.inputs.marks(request.recipe))
+        request = replace(request, inputs=inputs.marks(request.recipe))
         runs.write_json(folder.plan, orjson.loads(make_plan(request).model_dump_json()))
         folder.shards.mkdir(exist_ok=True)
         runs.mark_done(folder, {"shards": 1})
@@ -340,7 +340,7 @@ def test_a_part_of_the_stage_makes_its_share_in_the_folder_of_all(
 ) -> None:
     monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("RUNTIME", "native")
-    request = submit.read_request(submit.Order(recipe))
+    request = reading.read_request(orders.Order(recipe))
     whole = RunFolder(tmp_path / "runs" / "mine" / "preprocess")
     made = []
     for number in (1, 2):

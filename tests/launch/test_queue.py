@@ -19,7 +19,7 @@ from tanren.config.errors import RequestError
 from tanren.config.fields import Job
 from tanren.config.load import read_site, read_user
 from tanren.config.site import Site, User
-from tanren.launch import clusters, queue, submit
+from tanren.launch import clusters, orders, queue, reading, submit
 from tanren.plan.make import make_plan
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import MidtrainPlan
@@ -146,10 +146,10 @@ def test_a_pipeline_submits_the_stages_that_are_named(empty: Cluster) -> None:
 def test_too_small_a_disk_is_said_before_anything_is_submitted(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order = submit.Order(RECIPES / "midtrain.yaml", assignments=(*SHORT, "checkpoints.keep_last=9"))
+    order = orders.Order(RECIPES / "midtrain.yaml", assignments=(*SHORT, "checkpoints.keep_last=9"))
     monkeypatch.setenv("RUNS", str(cluster.runs))
     monkeypatch.setenv("RUNTIME", "native")
-    plan = make_plan(submit.read_request(order))
+    plan = make_plan(reading.read_request(order))
     assert isinstance(plan, MidtrainPlan)
     # 2,361,024 parameters of 12 bytes in fp32.
     assert plan.checkpoint_gib == pytest.approx(0.02639, rel=0.001)
@@ -162,11 +162,11 @@ def test_too_small_a_disk_is_said_before_anything_is_submitted(
     )
     assert error.value.next_step.startswith("--set checkpoints.keep_last=2, free some space")
     few = replace(order, assignments=(*SHORT, "checkpoints.keep_last=2"))
-    submit.check_disk(make_plan(submit.read_request(few)))
+    submit.check_disk(make_plan(reading.read_request(few)))
     # Of 8 steps 4 more stay, and only the newest can be fewer.
     every = replace(few, assignments=(*few.assignments, "checkpoints.keep_every=2"))
     with pytest.raises(RequestError, match="6 kept and one being written") as error:
-        submit.check_disk(make_plan(submit.read_request(every)))
+        submit.check_disk(make_plan(reading.read_request(every)))
     assert error.value.next_step.startswith("free some space")
 
 
@@ -467,7 +467,7 @@ def test_code_that_no_commit_holds_is_not_submitted_unasked(
         monkeypatch.setenv(name, value)
     dirty = {"id": "0" * 40, "dirty": True, "changed": ["src/tanren/runs.py"]}
     monkeypatch.setattr(provenance, "git_commit", lambda *_: dirty)
-    order = submit.Order(RECIPES / "preprocess.yaml", wish=Wish(type="cpu"))
+    order = orders.Order(RECIPES / "preprocess.yaml", wish=Wish(type="cpu"))
     place = clusters.place_for(order)
     assert place is not None
     with pytest.raises(RequestError, match=r"no commit holds: src/tanren/runs.py") as refused:

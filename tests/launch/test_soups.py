@@ -12,8 +12,10 @@ import pytest
 from safetensors.torch import load_file
 
 from tanren.config.errors import RequestError
-from tanren.launch import inputs, queue, submit, tools
-from tanren.launch.submit import Order, container_for, missing, read_request
+from tanren.launch import inputs, orders, queue, reading, tools
+from tanren.launch.orders import Order
+from tanren.launch.reading import missing, read_request
+from tanren.launch.submit import container_for
 from tanren.plan.make import make_plan
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import EvaluationPlan, MergePlan, SftPlan, read_plan
@@ -125,7 +127,7 @@ def test_what_is_missing_is_exported_of_the_run_that_is_named(runs: Path) -> Non
         (Path("mine/export.yaml"), None, None, ("of=stage:dpo",)),
     ]  # fmt: skip
     with pytest.raises(RequestError, match="stands on export, which has not been made"):
-        submit.refuse_missing(order, read_request(order))
+        reading.refuse_missing(order, read_request(order))
 
 
 @pytest.mark.parametrize(
@@ -194,7 +196,7 @@ def test_a_cluster_makes_the_exports_first_and_takes_no_gpu(tmp_path: Path) -> N
     assert f"--dependency=afterok:{ids[0]}:{ids[4]}" in empty.jobs[-1]["words"]
     assert "export TANREN_MERGE_PYTHON=" in (empty.runs / "tiny" / "merge" / "job.sh").read_text()
     order = Order(RECIPE, site="abci3")
-    _, recipe = submit.recipe_of(order)
+    _, recipe = orders.recipe_of(order)
     place = queue.place_of("abci3", recipe, "merge", order.wish, queue.User(group="g"))
     assert place.type.gpus == 0
 

@@ -10,8 +10,8 @@ import pytest
 
 from tanren import runs
 from tanren.config.errors import RequestError
-from tanren.launch import submit
-from tanren.launch.submit import Order
+from tanren.launch import orders, reading, submit
+from tanren.launch.orders import Order
 from tanren.plan.make import make_plan
 from tanren.plan.paths import RunFolder
 from tests.conftest import RECIPES, REPOSITORY
@@ -28,7 +28,7 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def finish(task: Path, stage: str, result: dict[str, object], *products: str) -> RunFolder:
     """Leave what a finished stage leaves."""
-    plan = make_plan(submit.read_request(Order(task / f"{stage}.yaml")))
+    plan = make_plan(reading.read_request(Order(task / f"{stage}.yaml")))
     for product in products:
         (plan.folder.root / product).mkdir(parents=True)
     plan.folder.root.mkdir(parents=True, exist_ok=True)
@@ -47,19 +47,19 @@ def finish_preprocess(task: Path) -> RunFolder:
 
 
 def look(task: Path, stage: str) -> submit.Start:
-    return submit.look(make_plan(submit.read_request(Order(task / f"{stage}.yaml"))))
+    return submit.look(make_plan(reading.read_request(Order(task / f"{stage}.yaml"))))
 
 
 def test_missing_stages_are_named_in_the_order_to_make_them(task: Path) -> None:
     order = Order(task / "midtrain.yaml", variant=None, name="a", assignments=("steps=400",))
-    found = submit.missing(order, submit.read_request(order))
+    found = reading.missing(order, reading.read_request(order))
     assert [needed.recipe_file.stem for needed in found] == ["preprocess", "convert"]
     assert all(needed.name is None and needed.assignments == () for needed in found)
     finish_preprocess(task)
-    found = submit.missing(order, submit.read_request(order))
+    found = reading.missing(order, reading.read_request(order))
     assert [needed.recipe_file.stem for needed in found] == ["convert"]
     export = Order(task / "export.yaml", name="a")
-    (wanted,) = submit.missing(export, submit.read_request(export))
+    (wanted,) = reading.missing(export, reading.read_request(export))
     assert wanted.command("midtrain").endswith("tiny/midtrain.yaml --name a")
 
 
@@ -69,14 +69,14 @@ def test_a_stage_whose_product_was_removed_is_missing_again(task: Path) -> None:
     shutil.rmtree(folder.tokens)
     assert not look(task, "preprocess").done
     order = Order(task / "convert.yaml")
-    assert submit.missing(order, submit.read_request(order))
+    assert reading.missing(order, reading.read_request(order))
 
 
 def test_other_settings_on_a_finished_run_are_refused(task: Path) -> None:
     finish_preprocess(task)
     order = Order(task / "preprocess.yaml", assignments=("append_eod=false",))
     with pytest.raises(RequestError) as refused:
-        submit.look(make_plan(submit.read_request(order)))
+        submit.look(make_plan(reading.read_request(order)))
     assert "was made with other settings: append_eod True there, False here" in str(refused.value)
     assert "give the new run a name" in refused.value.next_step
 
@@ -99,15 +99,15 @@ def test_files_that_changed_after_they_became_tokens_are_noticed(task: Path) -> 
         recipe.write("  - name: web\n    path: web.jsonl\n")
     folder = finish_preprocess(task)
     order = Order(task / "convert.yaml")
-    assert submit.changed_files(submit.read_request(order)) == []
+    assert reading.changed_files(reading.read_request(order)) == []
     corpus.write_text('{"text": "a"}\n{"text": "b"}\n')
-    (change,) = submit.changed_files(submit.read_request(order))
+    (change,) = reading.changed_files(reading.read_request(order))
     assert change.place == str(folder.root)
     assert "was made from other files: web 1 files of 14 bytes" in change.problem
     assert "1 files of 28 bytes" in change.problem
     assert f"rm -r {folder.root}" in change.next_step
     corpus.unlink()
-    assert submit.changed_files(submit.read_request(order)) == []
+    assert reading.changed_files(reading.read_request(order)) == []
 
 
 def test_an_export_is_done_only_while_its_model_is_there(task: Path, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_an_export_is_done_only_while_its_model_is_there(task: Path, tmp_path: P
     trained = RunFolder(tmp_path / "runs" / "tiny" / "midtrain")
     (trained.checkpoint(320)).mkdir(parents=True)
     (trained.checkpoint(320) / "files.json").write_text("{}")
-    plan = make_plan(submit.read_request(Order(task / "midtrain.yaml")))
+    plan = make_plan(reading.read_request(Order(task / "midtrain.yaml")))
     runs.write_json(trained.plan, json.loads(plan.model_dump_json()))
     runs.mark_done(trained, {"identity": "m", "iteration": 320})
     model = trained.export(320)
@@ -135,7 +135,7 @@ MIX = "mix.ratios={docstrings: 0.5}"
 def begin(task: Path, iteration: int, *sets: str) -> RunFolder:
     """Leave what a training run of some steps leaves."""
     finish_preprocess(task)
-    plan = make_plan(submit.read_request(Order(task / "midtrain.yaml", assignments=sets)))
+    plan = make_plan(reading.read_request(Order(task / "midtrain.yaml", assignments=sets)))
     checkpoint = plan.folder.checkpoint(iteration)
     checkpoint.mkdir(parents=True)
     (checkpoint / "files.json").write_text("{}")
@@ -145,7 +145,7 @@ def begin(task: Path, iteration: int, *sets: str) -> RunFolder:
 
 def look_on(task: Path, *sets: str) -> submit.Start:
     order = Order(task / "midtrain.yaml", assignments=sets)
-    return submit.look(make_plan(submit.read_request(order)))
+    return submit.look(make_plan(reading.read_request(order)))
 
 
 def test_new_data_are_refused_unless_the_recipe_allows_them(task: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_finished_run_takes_no_new_data(task: Path) -> None:
 def test_a_run_that_went_on_since_it_was_planned_is_planned_anew(task: Path) -> None:
     folder = begin(task, 80)
     order = Order(task / "midtrain.yaml", assignments=(MIX, "resume=new-data"))
-    plan = make_plan(submit.read_request(order))
+    plan = make_plan(reading.read_request(order))
     folder.checkpoint(80).rename(folder.checkpoint(160))
     with pytest.raises(RequestError, match="has gone on to iteration 160 since this was planned"):
         submit.look(plan)
@@ -222,7 +222,7 @@ def test_a_reference_to_the_wrong_stage_is_refused(
 ) -> None:
     order = Order(task / f"{stage}.yaml", assignments=(assignment,))
     with pytest.raises(RequestError) as refused:
-        make_plan(submit.read_request(order))
+        make_plan(reading.read_request(order))
     assert problem in str(refused.value)
     assert refused.value.next_step
 
@@ -234,20 +234,20 @@ def test_a_name_that_is_no_part_of_a_folder_is_refused(
     task: Path, variant: str | None, name: str | None
 ) -> None:
     with pytest.raises(RequestError, match="cannot be part of a folder's name"):
-        submit.read_request(Order(task / "midtrain.yaml", variant, name))
+        reading.read_request(Order(task / "midtrain.yaml", variant, name))
 
 
 def test_a_following_stage_needs_no_variant_of_its_own(task: Path) -> None:
     (task / "midtrain.big.yaml").write_text("base: midtrain.yaml\nsteps: 400\n")
     order = Order(task / "export.yaml", "big", "a", plain_if_absent=True)
-    request = submit.read_request(order)
+    request = reading.read_request(order)
     assert request.folder.root.name == "export.big-a"
     assert list(request.products) == ["midtrain.big-a"]
     with pytest.raises(RequestError, match="there is no such file"):
-        submit.read_request(Order(task / "export.yaml", "big"))
+        reading.read_request(Order(task / "export.yaml", "big"))
 
 
 def test_a_path_below_the_current_folder_is_shown_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    assert submit.shown(RECIPES / "midtrain.yaml") == "recipes/tiny/midtrain.yaml"
-    assert submit.shown("/elsewhere/x") == "/elsewhere/x"
+    assert orders.shown(RECIPES / "midtrain.yaml") == "recipes/tiny/midtrain.yaml"
+    assert orders.shown("/elsewhere/x") == "/elsewhere/x"

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from tanren.config.errors import RequestError
 from tanren.config.load import read_model, read_recipe
 from tanren.config.training import Midtrain, Training
-from tanren.launch import submit
-from tanren.launch.submit import Order
+from tanren.launch import reading, submit
+from tanren.launch.orders import Order
 from tanren.plan.bench import Bench, bench_recipe, least_work
 from tanren.plan.cost import peak_tflops
 from tanren.plan.make import make_plan
@@ -23,8 +23,8 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: Order) -> Tr
     monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("RUNTIME", "native")
-    request = submit.read_request(order)
-    submit.refuse_missing(order, request)
+    request = reading.read_request(order)
+    reading.refuse_missing(order, request)
     plan = make_plan(request)
     assert isinstance(plan, TrainingPlan)
     return plan

@@ -9,8 +9,8 @@ from typing import Any
 import orjson
 
 from tanren import runs
-from tanren.launch import submit
-from tanren.launch.submit import Order
+from tanren.launch import reading
+from tanren.launch.orders import Order
 from tanren.plan.bench import Bench
 from tanren.plan.make import make_plan
 from tanren.plan.paths import RunFolder
@@ -36,7 +36,7 @@ def make_run(
     # What a bench stands on is made up, so that its plan needs no other run.
     order = Order(RECIPES / f"{stage}.yaml", None, None, site="local", bench=Bench())
     folder = RunFolder(root / "tiny" / name)
-    planned = make_plan(submit.read_request(order)).model_copy(
+    planned = make_plan(reading.read_request(order)).model_copy(
         update={"bench": None, "run": str(folder.root)}
     )
     folder.log(1).parent.mkdir(parents=True)

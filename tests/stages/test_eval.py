@@ -13,7 +13,9 @@ import pytest
 from tanren.config.errors import RequestError
 from tanren.config.load import read_site
 from tanren.launch import queue
-from tanren.launch.submit import Order, container_for, read_request
+from tanren.launch.orders import Order
+from tanren.launch.reading import read_request
+from tanren.launch.submit import container_for
 from tanren.plan.make import make_plan
 from tanren.plan.plan import EvaluationPlan
 from tanren.plan.site import Wish

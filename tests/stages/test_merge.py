@@ -20,8 +20,8 @@ from tanren.config.model import Model
 from tanren.convert import hf
 from tanren.data import tokenizer as tokenizers
 from tanren.environments import MERGE
-from tanren.launch import submit
-from tanren.launch.submit import Order
+from tanren.launch import reading
+from tanren.launch.orders import Order
 from tanren.plan.make import make_plan
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import MergePlan
@@ -81,7 +81,7 @@ def recipe_of(models: Path, /, *names: str, **fields: Any) -> Path:
 def planned(recipe: Path, monkeypatch: pytest.MonkeyPatch, *sets: str) -> MergePlan:
     monkeypatch.setenv("RUNS", str(recipe.parents[1] / "runs"))
     monkeypatch.setenv("RUNTIME", "native")
-    plan = make_plan(submit.read_request(Order(recipe, assignments=sets)))
+    plan = make_plan(reading.read_request(Order(recipe, assignments=sets)))
     assert isinstance(plan, MergePlan)
     return plan
 

@@ -47,7 +47,7 @@ def pipeline(
 
     from tanren.config.errors import RequestError
     from tanren.config.schema import STAGES
-    from tanren.launch import submit
+    from tanren.launch.orders import recipe_of, refuse_given
     from tanren.plan.paths import PREPARING_STAGES, TRAINING_STAGES
     from tanren.plan.site import Wish
     from tanren.report import terminal
@@ -69,7 +69,7 @@ def pipeline(
             order = replace(order, variant=None, name=None)
         if number:
             order = replace(order, after=())
-        submit.refuse_given(order, submit.recipe_of(order)[1])
+        refuse_given(order, recipe_of(order)[1])
         orders.append(order)
     screen = terminal.console()
     for order in orders:

@@ -12,7 +12,7 @@ import typer
 from tanren.config.errors import EXIT_TERMINATED, TanrenError
 
 if TYPE_CHECKING:
-    from tanren.launch.submit import Order
+    from tanren.launch.orders import Order
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None,
@@ -70,7 +70,7 @@ def order_of(
     allow_dirty: bool = False,
 ) -> Order:  # fmt: skip
     """The options of a verb as one value. SET="user.group=g" is user.toml's for this once."""
-    from tanren.launch.submit import Order
+    from tanren.launch.orders import Order
     from tanren.plan.site import Wish
 
     own = [text for text in sets or [] if text.startswith("user.")]

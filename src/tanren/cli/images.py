@@ -41,7 +41,7 @@ def submission(
     from tanren.images.submission import Settings, base_image, build
     from tanren.launch import container, tools
     from tanren.launch.machine import visible_gpus
-    from tanren.launch.submit import shown
+    from tanren.launch.orders import shown
     from tanren.plan.paths import RunFolder
     from tanren.report import terminal
 
@@ -133,7 +133,7 @@ def image_lock(
     from tanren.images.lock import renew_system_lock
     from tanren.images.requirements import APART, renew
     from tanren.launch import container
-    from tanren.launch.submit import shown
+    from tanren.launch.orders import shown
     from tanren.report import terminal
 
     wanted = names or [*APART, *IMAGES]
@@ -158,6 +158,6 @@ def shell(
     """A shell in an image, with the repository and the runs in it."""
     from tanren.launch import container
     from tanren.launch.machine import visible_gpus
-    from tanren.launch.submit import runs_root
+    from tanren.launch.orders import runs_root
 
     container.open_shell(name, runtime, visible_gpus(), runs_root(), tuple(bind or ()))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tanren.launch.submit import Order
+    from tanren.launch.orders import Order
 
 
 def run_order(order: Order, needs: bool, then: str | None) -> None:
@@ -36,31 +36,31 @@ def run_stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
     Returns:
         the scheduler's jobs of the stage; none where it ran here or is done.
     """
-    from tanren.launch import clusters, fetching, parts, submit
+    from tanren.launch import clusters, fetching, orders, parts, reading, submit
     from tanren.plan.make import make_plan
     from tanren.report import terminal
 
     place = clusters.place_for(order)
     if place is not None:
         return clusters.send(order, place, needs, screen.print)
-    request = submit.read_request(order)
-    submit.refuse_given(order, request.recipe)
+    request = reading.read_request(order)
+    orders.refuse_given(order, request.recipe)
     if needs:
-        for needed in submit.missing(order, request):
+        for needed in reading.missing(order, request):
             run_stage(needed, True, screen)
-        request = submit.read_request(order)
+        request = reading.read_request(order)
     planned = make_plan(request)
     start = submit.look(planned)
-    for change in submit.changed_files(request):
+    for change in reading.changed_files(request):
         if not (start.done or start.iteration):
             raise change
         screen.print(f"note: {change.place} {change.problem}; this run has what was there before",
                      markup=False, highlight=False)  # fmt: skip
     if start.done:
-        screen.print(f"[bold]{planned.stage}[/] is done: {submit.shown(planned.run)}")
+        screen.print(f"[bold]{planned.stage}[/] is done: {orders.shown(planned.run)}")
         terminal.summary(planned, screen)
         return ()
-    submit.refuse_missing(order, request)
+    reading.refuse_missing(order, request)
     parts.refuse_at_work(planned.folder)
     for note in planned.notes:
         screen.print(f"note: {note}", markup=False, highlight=False)
@@ -69,7 +69,7 @@ def run_stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
     if changed:
         screen.print(f"note: {changed}", markup=False, highlight=False)
     if fetching.fetch_missing(request.recipe, lambda: terminal.fetching(screen), screen.print):
-        request = submit.read_request(order)
+        request = reading.read_request(order)
         planned = make_plan(request)
     inside = submit.container_for(order, request)
     submit.make_ready(planned.stage, inside)

@@ -18,7 +18,7 @@ RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run folder, or TA
 def status() -> None:
     """Every run: its state, its job, how far it is."""
     from tanren.launch import clusters
-    from tanren.launch.submit import runs_root
+    from tanren.launch.orders import runs_root
     from tanren.report import terminal
 
     root = runs_root()
@@ -37,7 +37,7 @@ def report(
 ) -> None:
     """One HTML file about a run, or about several compared, that opens without a network."""
     from tanren.launch import clusters
-    from tanren.launch.submit import runs_root, shown
+    from tanren.launch.orders import runs_root, shown
     from tanren.report import page, terminal
 
     root = runs_root()
@@ -50,7 +50,7 @@ def wandb_sync(run: RunName) -> None:
     """Send Weights & Biases what it has not yet of a run's metrics; needs a key and a network."""
     from tanren import tracking
     from tanren.launch import clusters
-    from tanren.launch.submit import runs_root
+    from tanren.launch.orders import runs_root
     from tanren.report import terminal
 
     sent = tracking.sync(clusters.folder_of(run, runs_root()))
@@ -64,7 +64,7 @@ def cancel(
 ) -> None:
     """End a run's jobs; a training stage saves first."""
     from tanren.launch import clusters, queue
-    from tanren.launch.submit import runs_root
+    from tanren.launch.orders import runs_root
     from tanren.report import terminal
 
     terminal.console().print(queue.cancel(clusters.folder_of(run, runs_root()), now=now))
@@ -76,7 +76,7 @@ def logs(
 ) -> None:
     """The newest log of a run."""
     from tanren.launch import clusters
-    from tanren.launch.submit import runs_root
+    from tanren.launch.orders import runs_root
 
     log = clusters.newest_log(clusters.folder_of(run, runs_root()))
     sys.stdout.flush()
@@ -101,7 +101,7 @@ def reproduce(
     from tanren.launch import clusters
     from tanren.launch import compare as comparing
     from tanren.launch import reproduce as replays
-    from tanren.launch.submit import check_name, runs_root, shown
+    from tanren.launch.orders import check_name, runs_root, shown
     from tanren.report import compare as report
     from tanren.report import terminal
 
@@ -135,7 +135,7 @@ def diff(
     """In what two runs of a stage differ, and their loss curves side by side."""
     from tanren.launch import clusters
     from tanren.launch.compare import compare
-    from tanren.launch.submit import runs_root
+    from tanren.launch.orders import runs_root
     from tanren.report import terminal
     from tanren.report.compare import print_compared
 

@@ -104,7 +104,7 @@ def plan(
 ) -> None:  # fmt: skip
     """Print what a stage would do, and change nothing."""
     from tanren.config.errors import RequestError
-    from tanren.launch import clusters, fetching, local, queue, submit
+    from tanren.launch import clusters, fetching, local, queue, reading, submit
     from tanren.launch import parts as parts_of
     from tanren.plan.make import make_plan
     from tanren.report import terminal
@@ -113,7 +113,7 @@ def plan(
     order = order_of(recipe, variant, name, set_, runtime, bind, site, nodes, hours, type_,
                    reservation, parts=parts)  # fmt: skip
     place = clusters.place_for(order)
-    request = submit.read_request(order, queue.machine_of(place) if place else None)
+    request = reading.read_request(order, queue.machine_of(place) if place else None)
     planned = make_plan(request)
     refusal = None
     try:
@@ -127,7 +127,7 @@ def plan(
         )
     except RequestError as error:
         refusal, state = error, "would be refused, see below"
-    waiting = [needed.recipe_file.stem for needed in submit.missing(order, request)]
+    waiting = [needed.recipe_file.stem for needed in reading.missing(order, request)]
     if waiting:
         state += f"; {', '.join(waiting)} must be made first (make does it, or --needs)"
     inside = submit.container_for(order, request, place.type.gpus if place else None)

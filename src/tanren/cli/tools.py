@@ -142,7 +142,7 @@ def show(
 
     from tanren.config.errors import RequestError
     from tanren.config.load import repository
-    from tanren.launch import fetching, submit, tools
+    from tanren.launch import fetching, orders, reading, tools
     from tanren.plan.make import make_plan
     from tanren.plan.plan import TuningPlan
     from tanren.report import conversation, terminal
@@ -150,13 +150,13 @@ def show(
     folder = Path(task) if Path(task).is_dir() else repository() / "recipes" / task
     order = order_of(folder / f"{stage}.yaml", variant, name, set_, runtime, bind, "local", None,
                    None, None, None)  # fmt: skip
-    request = submit.read_request(order)
+    request = reading.read_request(order)
     planned = make_plan(request)
     if not isinstance(planned, TuningPlan):
         raise RequestError(f"show {stage}", "shows no conversations", "tanren show sft|dpo TASK")
-    submit.refuse_given(order, request.recipe)
+    orders.refuse_given(order, request.recipe)
     if planned.tokenizer is None:
-        submit.refuse_missing(order, request)
+        reading.refuse_missing(order, request)
     screen = terminal.console()
     fetching.fetch_missing(request.recipe, lambda: terminal.fetching(screen), screen.print)
     given = planned.model_dump_json().encode()

@@ -12,8 +12,8 @@ from pathlib import Path
 from tanren import provenance, runs
 from tanren.config.errors import RequestError, TanrenError
 from tanren.config.load import read_user, repository
-from tanren.launch import container, fetching, parts, queue, soups, submit
-from tanren.launch.submit import Order, shown
+from tanren.launch import container, fetching, orders, parts, queue, reading, soups, submit
+from tanren.launch.orders import Order, shown
 from tanren.plan.make import make_plan
 from tanren.plan.paths import APART_STAGES, RunFolder
 from tanren.plan.plan import Request, product_behind, read_plan, references
@@ -41,7 +41,7 @@ def place_for(order: Order) -> Place | None:
                 "SITE=... names one (recipes/sites); or leave it out",
             )  # fmt: skip
         return None
-    stage, recipe = submit.recipe_of(order)
+    stage, recipe = orders.recipe_of(order)
     return queue.place_of(site, recipe, stage, order.wish, user)
 
 
@@ -51,8 +51,8 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
     Returns:
         its jobs; none when it is done already.
     """
-    request = submit.read_request(order, queue.machine_of(place))
-    submit.refuse_given(order, request.recipe)
+    request = reading.read_request(order, queue.machine_of(place))
+    orders.refuse_given(order, request.recipe)
     # Before anything is submitted: what does not fit is refused here.
     plan = make_plan(request)
     start = submit.look(plan)
@@ -105,8 +105,8 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
 def _refuse_unfetched(order: Order, request: Request, needs: bool) -> None:
     """Before anything is submitted: what any of its stages takes from the hub must be here."""
     fetching.refuse_missing(request.recipe, request.task)
-    for needed in submit.missing(order, request) if needs else ():
-        _refuse_unfetched(needed, submit.read_request(needed, request.machine), needs)
+    for needed in reading.missing(order, request) if needs else ():
+        _refuse_unfetched(needed, reading.read_request(needed, request.machine), needs)
 
 
 def _needed(
@@ -119,11 +119,11 @@ def _needed(
     live = queue.live_jobs(product.folder)
     if live:
         return tuple(live)[-1:]
-    needed = submit.needed(order, request, wanted)
+    needed = reading.needed(order, request, wanted)
     if needed is None:
         return ()
     if not needs:
-        submit.refuse_missing(order, request)
+        reading.refuse_missing(order, request)
     place = place_for(needed)
     assert place is not None, needed
     return send(needed, place, True, say)[-1:]

@@ -9,7 +9,7 @@ from typing import Any
 
 from tanren import provenance, runs
 from tanren.config.errors import RequestError
-from tanren.launch.submit import shown
+from tanren.launch.orders import shown
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import differences
 

@@ -17,7 +17,7 @@ from tanren.data import hub
 from tanren.environments import HARNESS, MERGE, NEMO, Environment
 from tanren.images.definition import IMAGES, read_versions
 from tanren.images.lock import check_definition, image_file
-from tanren.launch import container, queue, submit
+from tanren.launch import container, orders, queue
 from tanren.launch.outside import Asked, Outside
 from tanren.launch.quota import quota_of
 
@@ -105,7 +105,7 @@ def _everywhere(outside: Outside) -> Iterator[Finding]:
     )
     yield from _parts(outside)
     yield _checkout(outside)
-    runs, data = submit.runs_root(), hub.data_root()
+    runs, data = orders.runs_root(), hub.data_root()
     yield _disk("runs", runs, "runs = in user.toml, or RUNS=", outside, needed=True)
     yield _disk("data", data, "data = in user.toml, or DATA=", outside)
     yield _disk("home", outside.home, "keep runs, data and images elsewhere (user.toml)", outside)
@@ -173,7 +173,7 @@ def _disk(what: str, path: Path, where: str, outside: Outside, *, needed: bool =
         return Finding(f"disk of {what}", "missing", f"{there} cannot be written", where,
                        needed=needed)  # fmt: skip
     free = outside.free(there) / GIB
-    found = f"{free:,.1f} GiB free in {submit.shown(path)}"
+    found = f"{free:,.1f} GiB free in {orders.shown(path)}"
     if free < LEAST_GIB:
         return Finding(f"disk of {what}", "missing", found, f"make room, or {where}", needed=needed)
     if free < LITTLE_GIB:
@@ -346,7 +346,7 @@ def _environment(outside: Outside, environment: Environment, name: str) -> Findi
     """Whether the environment that a stage has to itself is there."""
     python, makes = environment.python(outside.environment), f"make env-{environment.part}"
     if not outside.which(str(python)):
-        return Finding(name, "warning", f"no {submit.shown(python)}", makes)
+        return Finding(name, "warning", f"no {orders.shown(python)}", makes)
     if not environment.is_current(python):
         return Finding(name, "warning", "is of another lock than this checkout's", makes)
     return Finding(name, "ok", environment.pinned())

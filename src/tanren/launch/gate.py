@@ -10,9 +10,9 @@ from typing import Any
 from tanren import runs
 from tanren.config.errors import RequestError, WorkError
 from tanren.config.training import Midtrain, Sft
-from tanren.launch import container, submit
+from tanren.launch import container, orders, reading, submit
 from tanren.launch.machine import compute_capability, this_machine, visible_gpus
-from tanren.launch.submit import Order, shown
+from tanren.launch.orders import Order, shown
 from tanren.plan import gate
 from tanren.plan.gate import BF16, CONTROL, SCALINGS, Comparison, Curves
 from tanren.plan.make import make_plan
@@ -30,7 +30,7 @@ class Trial:
     @property
     def folder(self) -> RunFolder:
         name = run_name(_stage(self.order), self.order.variant, self.order.name)
-        return RunFolder(submit.runs_root() / _task(self.order) / name)
+        return RunFolder(orders.runs_root() / _task(self.order) / name)
 
     @property
     def is_done(self) -> bool:
@@ -45,7 +45,7 @@ class Trial:
         launch = read_plan(self.folder.plan).launch
         gpus = launch.processes if launch.device == "cuda" else 0
         machine = Machine(gpus=gpus, nodes=launch.nodes)
-        return submit.look(make_plan(submit.read_request(self.order, machine))).done
+        return submit.look(make_plan(reading.read_request(self.order, machine))).done
 
 
 def trials(
@@ -66,13 +66,13 @@ def trials(
             f"leaves no {gate.END} steps for the end behind the first {gate.SKIPPED}",
             f"at least --steps {gate.FEWEST_STEPS}",
         )
-    stage, recipe = submit.recipe_of(order)
+    stage, recipe = orders.recipe_of(order)
     if not isinstance(recipe, Midtrain | Sft):
         raise RequestError(
             order.recipe_file, f"is a {stage} recipe, and the gate compares losses of training",
             "take midtrain.yaml or sft.yaml",
         )  # fmt: skip
-    submit.refuse_given(order, recipe)
+    orders.refuse_given(order, recipe)
     if stage_name(recipe.init) in TRAINING_STAGES:
         raise RequestError(
             f"{order.recipe_file}: init",
@@ -115,7 +115,7 @@ def check(all_trials: list[Trial], pending: list[Trial]) -> None:
             "run it where they are, or SITE=...; finished runs are compared anywhere",
         )
     for trial in pending:
-        make_plan(submit.read_request(trial.order))
+        make_plan(reading.read_request(trial.order))
 
 
 def drop_checkpoints(trial: Trial) -> None:
@@ -158,7 +158,7 @@ def write(
         its folder, `$RUNS/TASK/gate[.sft][.VARIANT][-NAME]/`.
     """
     name = run_name("gate", order.variant, order.name, _stage(order))
-    folder = submit.runs_root() / _task(order) / name
+    folder = orders.runs_root() / _task(order) / name
     value: dict[str, Any] = {
         "task": _task(order),
         "stage": _stage(order),

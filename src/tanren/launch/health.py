@@ -14,7 +14,7 @@ from typing import Any, Literal
 import orjson
 
 from tanren.config.errors import WorkError
-from tanren.launch import container, local, native, submit
+from tanren.launch import container, local, native, orders
 from tanren.launch.doctor import Finding, Group
 from tanren.launch.machine import visible_gpus
 
@@ -50,7 +50,7 @@ def measured(
         native.complete()
         command = [sys.executable, *words]
     else:
-        runs = submit.runs_root()
+        runs = orders.runs_root()
         runs.mkdir(parents=True, exist_ok=True)
         there = replace(inside, binds=container.binds(None, runs, wishes))
         command = ["bash", "-c", container.script_of(there, ["python3", *words])]

@@ -16,7 +16,7 @@ from pathlib import Path
 from tanren import provenance, runs
 from tanren.config.errors import RequestError, TanrenError, WorkError
 from tanren.config.load import read_site, repository
-from tanren.launch import container, inputs, local, queue, scheduler, submit
+from tanren.launch import container, inputs, local, queue, reading, scheduler, submit
 from tanren.launch.container import Container
 from tanren.launch.machine import this_machine, visible_gpus
 from tanren.launch.queue import Ordered
@@ -54,7 +54,7 @@ def run(
             "submit again; tell the site if it happens again",
         )
     inside = _container(order, request)
-    request = submit.with_products(
+    request = reading.with_products(
         replace(
             request,
             machine=_machine(order, inside),

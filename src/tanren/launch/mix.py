@@ -8,8 +8,8 @@ from pathlib import Path
 from tanren import tokenfiles
 from tanren.config.errors import RequestError
 from tanren.config.training import Midtrain
-from tanren.launch import inputs, submit
-from tanren.launch.submit import Order, shown
+from tanren.launch import inputs, reading
+from tanren.launch.orders import Order, shown
 from tanren.plan.midtrain import data_of, source_counts, table_counts
 from tanren.plan.mix import Mixture, SourceCount, count_notes, make_mixture
 from tanren.plan.plan import Machine, Product
@@ -25,7 +25,7 @@ def compile_mix(order: Order, table: Path | None) -> tuple[Midtrain, Mixture, tu
     Raises:
         RequestError: there are no counts, or the token files are not those that were counted.
     """
-    request = submit.read_request(order, Machine())
+    request = reading.read_request(order, Machine())
     recipe = request.recipe
     if not isinstance(recipe, Midtrain):
         raise RequestError(order.recipe_file, "has no mix", "name a midtrain recipe")

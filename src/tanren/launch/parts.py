@@ -16,8 +16,8 @@ from pathlib import Path
 from tanren import runs
 from tanren.config.errors import RequestError, WorkError
 from tanren.launch import queue, submit
+from tanren.launch.orders import Order, shown
 from tanren.launch.scheduler import After
-from tanren.launch.submit import Order, shown
 from tanren.plan.make import make_plan
 from tanren.plan.paths import Part, RunFolder
 from tanren.plan.plan import Plan, Request

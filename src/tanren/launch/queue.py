@@ -32,8 +32,8 @@ from tanren.config.site import User
 from tanren.data import hub
 from tanren.environments import EVERY
 from tanren.launch import container, scheduler
+from tanren.launch.orders import Order, shown
 from tanren.launch.scheduler import After, JobRequest, State
-from tanren.launch.submit import Order, shown
 from tanren.plan.bench import Bench
 from tanren.plan.cost import Gpu
 from tanren.plan.paths import APART_STAGES, TRAINING_STAGES, Part, RunFolder

@@ -32,7 +32,7 @@ from tanren.environments import EVERY
 from tanren.images.lock import read_lock
 from tanren.launch import container, origins, queue
 from tanren.launch.machine import visible_gpus
-from tanren.launch.submit import runs_root, shown
+from tanren.launch.orders import runs_root, shown
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import (
     ExportPlan,

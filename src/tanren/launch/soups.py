@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.config.merge import ExportReference, Merge, export_named
 from tanren.launch import inputs
+from tanren.launch.orders import Order
 from tanren.plan.paths import TRAINING_STAGES, RunFolder, iteration_of, run_name
 from tanren.plan.plan import Product, Request, references, stage_of
-
-if TYPE_CHECKING:
-    from tanren.launch.submit import Order
 
 
 def products(request: Request) -> dict[str, Product]:

@@ -16,9 +16,9 @@ import orjson
 
 from tanren import runs
 from tanren.config.errors import RequestError, WorkError, error_from_dict
-from tanren.launch import container, local, native, submit
+from tanren.launch import container, local, native, orders
 from tanren.launch.machine import visible_gpus
-from tanren.launch.submit import Order
+from tanren.launch.orders import Order
 from tanren.plan.paths import RunFolder, run_name
 
 
@@ -42,7 +42,7 @@ def output_of(
         native.complete()
         command = [sys.executable, *quiet, "-m", module, *words]
     else:
-        bound = container.binds(None, submit.runs_root(), order.binds)
+        bound = container.binds(None, orders.runs_root(), order.binds)
         there = replace(inside, binds=bound)
         inner = ["python3", *quiet, "-m", module, *words]
         command = ["bash", "-c", container.script_of(there, inner)]
@@ -85,7 +85,7 @@ def newest_export(order: Order) -> Path:
         RequestError: it has none; the message says what makes one.
     """
     stage, task = order.recipe_file.name.split(".")[0], order.recipe_file.resolve().parent.name
-    folder = RunFolder(submit.runs_root() / task / run_name(stage, order.variant, order.name))
+    folder = RunFolder(orders.runs_root() / task / run_name(stage, order.variant, order.name))
     if (folder.hf_merged / "config.json").is_file():
         return folder.hf_merged
     found = [

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tanren.launch.submit import shown
+from tanren.launch.orders import shown
 from tanren.plan.paths import RunFolder
 
 _NAMES = {

@@ -16,7 +16,7 @@ import orjson
 import tanren
 from tanren import runs
 from tanren.config.errors import RequestError
-from tanren.launch.submit import shown
+from tanren.launch.orders import shown
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import MidtrainPlan, TuningPlan, differences
 from tanren.report import charts, record

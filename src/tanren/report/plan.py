@@ -9,7 +9,7 @@ from rich.console import Console
 from tanren import runs
 from tanren.config.data import Collection, Preprocess
 from tanren.config.training import Checkpointing, Dpo, Sft, Training
-from tanren.launch.submit import shown
+from tanren.launch.orders import shown
 from tanren.plan.cost import explained
 from tanren.plan.plan import (
     ConvertPlan,

@@ -12,7 +12,7 @@ from tanren import runs
 from tanren.config.errors import RequestError, TanrenError
 from tanren.config.load import read_site
 from tanren.launch import clusters
-from tanren.launch.submit import shown
+from tanren.launch.orders import shown
 from tanren.plan.cost import peak_tflops
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import Plan, TrainingPlan, read_plan

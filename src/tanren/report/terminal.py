@@ -28,7 +28,7 @@ from tanren.data.fetch import Progress as Fetching
 from tanren.data.fetch import Report
 from tanren.images.lock import Lock
 from tanren.launch.clusters import Row
-from tanren.launch.submit import shown
+from tanren.launch.orders import shown
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import ConvertPlan, EvaluationPlan, ExportPlan, MergePlan, Plan, TrainingPlan
 from tanren.report.bench import print_bench

@@ -1,0 +1,224 @@
+"""From an order to a request: reads the recipe, and what is there of the stages below."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tanren import runs
+from tanren.config.errors import RequestError
+from tanren.config.load import changed_fields, read_model
+from tanren.config.merge import Merge
+from tanren.config.schema import Convert, Evaluation, Recipe
+from tanren.config.training import Midtrain, Training
+from tanren.launch import container, inputs, soups
+from tanren.launch.machine import this_machine, visible_gpus
+from tanren.launch.orders import Order, check_names, order_of, recipe_of, runs_root
+from tanren.plan.bench import made_up_data
+from tanren.plan.paths import APART_STAGES, RunFolder
+from tanren.plan.plan import (
+    Begun,
+    Machine,
+    Product,
+    Request,
+    digest,
+    of_soup,
+    own_image,
+    product_behind,
+    read_plan,
+    reference,
+    references,
+    stage_of,
+)
+
+
+def read_request(order: Order, machine: Machine | None = None) -> Request:
+    """Read every file that an order names, and what its inputs look like on disk.
+
+    Args:
+        machine: what the job will have on a cluster; None for this machine.
+    """
+    path = order.recipe_file.resolve()
+    check_names(order)
+    stage, recipe = recipe_of(order)
+    recipe = inputs.with_absolute_paths(recipe, path.parent)
+    model = read_model(recipe.model) if isinstance(recipe, Convert | Training) else None
+    if machine is None:
+        inside = container.choose(order.runtime, visible_gpus(), own_image(recipe))
+        machine = this_machine(in_image=inside is not None or stage in APART_STAGES)
+    request = Request(
+        task=path.parent.name,
+        stage=stage,
+        recipe=recipe,
+        recipe_file=path,
+        runs=runs_root(),
+        machine=machine,
+        variant=order.variant,
+        name=order.name,
+        model=model,
+        inputs=inputs.marks(recipe),
+        counts=inputs.counts(recipe),
+        bench=order.bench,
+        changed=changed_fields(path, order.variant, list(order.assignments)),
+    )
+    return with_products(request)
+
+
+def with_products(request: Request) -> Request:
+    """A request with what the stages that it stands on, and its own run, have made by now."""
+    if isinstance(request.recipe, Merge):
+        return replace(request, products=soups.products(request))
+    products = {}
+    for wanted in references(request.recipe):
+        name = reference(wanted, request.variant, request.name)
+        folder = RunFolder(request.runs / request.task / name)
+        if folder == request.folder:
+            raise RequestError(
+                request.recipe_file,
+                f"{wanted} is this run itself",
+                "name another run (stage:midtrain-NAME), or checkpoint:PATH",
+            )
+        products[name] = read_product(folder)
+    if request.bench and not request.bench.real and isinstance(request.recipe, Midtrain):
+        made_up = Product("preprocess", request.folder.made_up, result=made_up_data(request.recipe))
+        products = {reference(request.recipe.data, request.variant, request.name): made_up}
+    if isinstance(request.recipe, Evaluation):
+        products = _with_current_export(request.recipe, products)
+    laid_out = runs.read_json(request.folder.examples) or {}
+    return replace(
+        request,
+        products=products,
+        begun=None if request.bench else _begun(request.folder),
+        steps=laid_out.get("steps"),
+        steps_of=laid_out.get("settings"),
+    )
+
+
+def _with_current_export(recipe: Evaluation, products: dict[str, Product]) -> dict[str, Product]:
+    """An export of another checkpoint than the wanted one is as good as none."""
+    if of_soup(recipe):
+        return products
+    (_, source), (name, export) = products.items()
+    wanted = recipe.iteration
+    if wanted == "latest" and source.iterations:
+        wanted = source.iterations[-1]
+    if export.result is None or wanted in ("latest", export.result["iteration"]):
+        return products
+    return {**products, name: replace(export, result=None)}
+
+
+def _begun(folder: RunFolder) -> Begun | None:
+    """What a run folder says of a run that has begun: one with a checkpoint, or done."""
+    plan, done = runs.read_json(folder.plan), runs.result_of(folder)
+    there = runs.iterations(folder)
+    iteration = there[-1] if there else done.get("iteration") if done else None
+    if plan is None or iteration is None:
+        return None
+    return Begun(plan["settings"], plan.get("data_start", 0), iteration)
+
+
+def read_product(folder: RunFolder) -> Product:
+    """What another stage's run folder holds."""
+    started = runs.read_json(folder.plan)
+    stage = stage_of(folder.root.name)
+    return Product(
+        stage=stage,
+        folder=folder,
+        result=made(folder, stage),
+        started=digest(started["settings"]) if started else None,
+        iterations=tuple(i for i in runs.iterations(folder) if i > 0),
+    )
+
+
+def made(folder: RunFolder, stage: str) -> dict[str, Any] | None:
+    """What a finished run made, as long as it is still there.
+
+    A training run whose checkpoints were removed to save room stays done. The shards of a part are
+    there until they are joined.
+    """
+    result = runs.result_of(folder)
+    if result is None:
+        return None
+    if folder.whole != folder:
+        return result if folder.shards.is_dir() else None
+    # A training that began from a checkpoint knows no Hugging Face folder: None.
+    hf = Path(result.get("hf") or "/")
+    there = {
+        "preprocess": folder.tokenizer.is_dir() and folder.tokens.is_dir(),
+        "convert": folder.checkpoint(0).is_dir() and hf.is_dir(),
+        "export": hf.is_dir(),
+        "merge": hf.is_dir(),
+        "eval": folder.scores.is_file(),
+    }
+    return result if there.get(stage, True) else None
+
+
+def missing(order: Order, request: Request) -> list[Order]:
+    """The orders of the stages that this one stands on and that are not there."""
+    found = (needed(order, request, wanted) for wanted in references(request.recipe))
+    return [one for one in found if one is not None]
+
+
+def needed(order: Order, request: Request, wanted: str) -> Order | None:
+    """The order of the stage behind a reference; None where what it makes is there."""
+    product = product_behind(request, wanted)
+    exportable = request.stage in ("export", "eval") and product.iterations
+    if product.result is not None or exportable:
+        return None
+    if isinstance(request.recipe, Merge):
+        run = soups.run_of(wanted)
+        return soups.order_for(order, order_of(order, run, stage_of(run)), wanted)
+    plain = order_of(order, reference(wanted, order.variant, order.name), product.stage)
+    return _export_for(order, plain, request.recipe) if product.stage == "export" else plain
+
+
+def _export_for(order: Order, plain: Order, recipe: Recipe) -> Order:
+    """The export that an evaluation stands on: of the same run, with its variant and name."""
+    assert isinstance(recipe, Evaluation), recipe
+    of = () if recipe.of == "stage:midtrain" else (f"of={recipe.of}",)
+    iteration = () if recipe.iteration == "latest" else (f"iteration={recipe.iteration}",)
+    return replace(plain, variant=order.variant, name=order.name, assignments=(*of, *iteration),
+                   plain_if_absent=True)  # fmt: skip
+
+
+def refuse_missing(order: Order, request: Request) -> None:
+    """Name the command that makes what is missing."""
+    for needed in missing(order, request):
+        stage = needed.recipe_file.stem
+        raise RequestError(
+            request.folder.root,
+            f"stands on {stage}, which has not been made",
+            f"{needed.command(stage)}   (or add --needs, as make does)",
+        )
+
+
+def changed_files(request: Request) -> list[RequestError]:
+    """The stages below this one whose files are no longer those that they were made from.
+
+    A file that is gone is no change: text may be removed once it is tokens.
+    """
+    found = []
+    for product in request.products.values():
+        if product.result is None or not product.folder.plan.exists():
+            continue
+        before = read_plan(product.folder.plan)
+        try:
+            now = inputs.marks(before.recipe)
+        except RequestError:
+            continue
+        was = before.settings.get("inputs", {})
+        changes = [
+            f"{key} {was.get(key)} then, {mark} now"
+            for key, mark in now.items()
+            if mark is not None and was.get(key) != mark
+        ]
+        if changes:
+            found.append(
+                RequestError(
+                    product.folder.root,
+                    f"was made from other files: {'; '.join(changes)}",
+                    f"rm -r {product.folder.root}, and the same command makes it again",
+                )
+            )
+    return found
