@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from threading import Timer
+from threading import Thread
 
 import psutil
 import pytest
@@ -66,10 +66,23 @@ def job(folder: RunFolder, text: str) -> None:
 
 
 def run(folder: RunFolder, *signals: tuple[float, int]) -> object:
-    """Run the job, and send signals to this process after so many seconds."""
-    with runs.locked(folder.lock) as lock:
+    """Run the job, and send signals to this process so many seconds after it listens to them."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def listens() -> bool:
+        return signal.getsignal(signal.SIGINT) is not before
+
+    def send() -> None:
+        wait_for(listens)
+        began = time.monotonic()
         for seconds, number in signals:
-            Timer(seconds, signal.raise_signal, [number]).start()
+            time.sleep(max(began + seconds - time.monotonic(), 0))
+            if listens():  # else it would end the tests
+                signal.raise_signal(number)
+
+    with runs.locked(folder.lock) as lock:
+        if signals:
+            Thread(target=send, daemon=True).start()
         return local.run(folder, folder.job, 1, lock, lambda: None)
 
 
