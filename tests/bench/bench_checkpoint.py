@@ -10,19 +10,17 @@ from __future__ import annotations
 import io
 import pickle
 import shutil
-import subprocess
 import sys
 import time
 import zlib
 from contextlib import closing
-from multiprocessing import Pipe
 from pathlib import Path
 
 import torch
 
 from tanren.engine.boxes import Chunk, join
 from tanren.engine.staging import Staging
-from tanren.engine.writer import Item, Memory, Record, Write, Written
+from tanren.engine.writer import Item, Memory, Process, Record, Write, Written
 
 # Elements of a tensor: 32 Mi, of 8 bytes together.
 NUMEL = 1 << 25
@@ -72,13 +70,10 @@ def main(folder: Path, gib: float) -> None:
     made = tensors(max(int(gib * 2**30 / (8 * NUMEL)), 1), device)
     items, placed = layout(made)
     size = len(made) * 8 * NUMEL
-    staging = Staging()
-    here, there = Pipe()
-    ends = there.fileno(), staging.descriptor
-    command = [sys.executable, "-m", "tanren.engine.writer", *map(str, ends)]
+    process = Process()
+    staging = Staging(process.memory)
     # Closed first, also after an error: the writer ends with it.
-    with subprocess.Popen(command, pass_fds=ends), closing(here):
-        there.close()
+    with closing(process.connection) as here:
         began = time.perf_counter()
         staging.allocate(size)
         here.send(Memory(size, tuple(items)))

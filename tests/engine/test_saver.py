@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import signal
+import socket
 import zlib
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,44 @@ def saver(alone: None, tmp_path: Path) -> Any:
     (tmp_path / "checkpoints" / "iter_0000003").mkdir()
     yield made
     made.abort()
+
+
+def test_a_writer_keeps_nothing_of_its_trainer_open(tmp_path: Path) -> None:
+    """Forked, it would hold every file, pipe and GPU of the trainer for as long as it lives."""
+    with (tmp_path / "open").open("w") as file, socket.socketpair()[0]:
+        process = writer.Process()
+        there = Path(f"/proc/{process.pid}/fd")
+        wait_for(lambda: Path(f"/proc/{process.pid}/comm").read_text() == "tanren-writer\n", 10)
+        kept = {str(path.readlink()).split(":")[0] for path in there.iterdir()}
+        assert file.name not in kept
+        assert len(list(there.iterdir())) == 5
+        assert any(name.startswith("/memfd") for name in kept)
+    process.connection.close()
+    wait_for(lambda: process.poll() == 1, 10)
+
+
+def test_a_request_to_stop_does_not_reach_a_writer() -> None:
+    process = writer.Process()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(process.pid, number)
+    process.connection.send(Memory(0, ()))
+    assert process.poll() is None
+    process.connection.send(None)
+    process.wait()
+    assert process.poll() == 0
+
+
+def test_a_stage_forks_its_writer_once_and_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "_waiting", None)
+    writer.fork_early()
+    early = writer._waiting
+    writer.fork_early()
+    assert writer.take() is early is not None
+    later = writer.take()
+    assert later is not early
+    for process in (early, later):
+        process.connection.send(None)
+        process.wait()
 
 
 def test_a_killed_writer_is_noticed_at_once(saver: Saver) -> None:

@@ -16,13 +16,8 @@ import io
 import itertools
 import logging
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +39,7 @@ from tanren.engine.checkpoint import (
     trained_weights,
 )
 from tanren.engine.staging import ALIGNMENT, Staging
-from tanren.engine.writer import Failed, Item, Memory, Publish, Published, Write, Written
+from tanren.engine.writer import Failed, Item, Memory, Publish, Published, Write, Written, take
 from tanren.plan.paths import PARTIAL, RunFolder
 
 logger = logging.getLogger("tanren")
@@ -66,7 +61,7 @@ class Saver:
         keep_every: int | None = None,
         report: Callable[[int, dict[str, Any]], None] = lambda step, values: None,
     ) -> None:
-        """Start this rank's writer, and remove what a killed run left half-written.
+        """Take this rank's writer, and remove what a killed run left half-written.
 
         Args:
             keep_last: how many checkpoints stay; those at multiples of `keep_every` steps besides.
@@ -75,7 +70,9 @@ class Saver:
         self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
         self.report = report
         self.writing: int | None = None
-        self.staging = Staging()
+        self.process = take()
+        self._connection = self.process.connection
+        self.staging = Staging(self.process.memory)
         self._shards: list[shards.Shard] | None = None
         self._objects: dict[str, bytes] = {}
         self._order: Write | None = None
@@ -90,13 +87,6 @@ class Saver:
         dist.broadcast_object_list(number)
         # Its stubs know no bytes.
         self.store: Any = PrefixStore(f"checkpoints {number[0]}", _get_default_store())
-        self._connection, theirs = Pipe()
-        ends = theirs.fileno(), self.staging.descriptor
-        with _deaf_to_signals():
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tanren.engine.writer", *map(str, ends)], pass_fds=ends
-            )
-        theirs.close()
 
     def prepare(self, state: TrainingState) -> None:
         """Find out what this rank writes, and make room for it; `save` does it if nobody has.
@@ -326,19 +316,3 @@ def _pickled(value: Any) -> bytes:
     stream = io.BytesIO()
     torch.save(value, stream)
     return stream.getvalue()
-
-
-@contextmanager
-def _deaf_to_signals() -> Iterator[None]:
-    """Start a process that a request to stop does not reach.
-
-    Schedulers and torchrun send SIGTERM to the whole process group. The trainer takes it as a
-    request to save; the process that does the saving would die of it. A blocked signal stays
-    pending here and is inherited as blocked there, so none is lost.
-    """
-    requests = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, requests)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

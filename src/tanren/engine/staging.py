@@ -23,8 +23,9 @@ _SLICE = 2**28
 class Staging:
     """Host memory of a fixed size, without a name in any file system (/dev/shm may be small)."""
 
-    def __init__(self) -> None:
-        self.descriptor = os.memfd_create("tanren-checkpoint")
+    def __init__(self, descriptor: int) -> None:
+        """Take the file descriptor of it, of no size yet."""
+        self.descriptor = descriptor
         self.copied: torch.cuda.Event | None = None
         self._bytes = torch.empty(0, dtype=torch.uint8)
         self._stream: torch.cuda.Stream | None = None

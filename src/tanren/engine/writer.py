@@ -1,28 +1,36 @@
-"""`python -m tanren.engine.writer`: the process that writes a rank's checkpoints.
+"""The process that writes a rank's checkpoints, forked off the trainer.
 
 It knows no GPU and joins no process group: the trainer leaves the tensors in memory that both see,
 and this process widens them, writes them and, that of the first rank, publishes the checkpoint. It
 runs beside the training at a low priority, and ends when the trainer does, however that ends.
+
+A stage forks it before there are GPUs, process groups or threads of its own: with torch imported
+and little else. A Python of its own would import all that a second time, which is seconds and some
+hundred megabytes a rank just when the training begins.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
-import importlib
+import gc
 import mmap
 import os
 import pickle
 import queue
 import shutil
-import sys
+import signal
 import threading
 import traceback
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -261,8 +269,16 @@ def _work(orders: queue.SimpleQueue[Any], writer: Writer, trainer: Connection) -
             trainer.send(answer)
 
 
-def main(arguments: list[str]) -> None:
-    trainer, memory = Connection(int(arguments[0])), int(arguments[1])
+def _serve(trainer: Connection, memory: int) -> NoReturn:
+    """The whole life of the process."""
+    # Nothing that the trainer had open is to stay open for this one's sake, nor be closed late.
+    gc.freeze()
+    kept = {0, 1, 2, trainer.fileno(), memory}
+    for descriptor in {int(path.name) for path in Path("/proc/self/fd").iterdir()} - kept:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    pr_set_name = 15
+    ctypes.CDLL(None).prctl(pr_set_name, b"tanren-writer")
     os.nice(10)
     torch.set_num_threads(1)
     orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -276,6 +292,77 @@ def main(arguments: list[str]) -> None:
     os._exit(0)
 
 
-if __name__ == "__main__":
-    # What the trainer sends are classes of the module by its name, which this run of it is not.
-    importlib.import_module("tanren.engine.writer").main(sys.argv[1:])
+class Process:
+    """A writer as its trainer sees it."""
+
+    def __init__(self) -> None:
+        """Fork it.
+
+        Attributes:
+            connection: takes orders, gives answers; None ends it.
+            memory: the file descriptor of what both see, of no size yet.
+        """
+        self.memory = os.memfd_create("tanren-checkpoint")
+        self.connection, theirs = Pipe()
+        self.code: int | None = None
+        with _deaf_to_signals():
+            self.pid = os.fork()
+            if not self.pid:
+                try:
+                    _serve(theirs, self.memory)
+                finally:
+                    os._exit(1)
+        theirs.close()
+
+    def poll(self) -> int | None:
+        """Its exit code, negative for the signal that killed it; None while it runs."""
+        return self._wait(os.WNOHANG)
+
+    def wait(self) -> None:
+        """Wait for its end."""
+        self._wait(0)
+
+    def kill(self) -> None:
+        """End it at once."""
+        if self.code is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def _wait(self, how: int) -> int | None:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, how)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+
+# The one that a stage has forked at its begin.
+_waiting: Process | None = None
+
+
+def fork_early() -> None:
+    """Fork a writer for a saver to come, while this process has nothing to share by mistake."""
+    global _waiting
+    if _waiting is None:
+        _waiting = Process()
+
+
+def take() -> Process:
+    """The writer that was forked early, else one that is forked now."""
+    global _waiting
+    process, _waiting = _waiting or Process(), None
+    return process
+
+
+@contextlib.contextmanager
+def _deaf_to_signals() -> Iterator[None]:
+    """Start a process that a request to stop does not reach.
+
+    Schedulers and torchrun send SIGTERM to the whole process group. The trainer takes it as a
+    request to save; the process that does the saving would die of it. A blocked signal stays
+    pending here and is inherited as blocked there, so none is lost.
+    """
+    requests = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, requests)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -24,7 +24,7 @@ import psutil
 from tanren import provenance, runs
 from tanren.config.errors import TanrenError, WorkError
 from tanren.plan.paths import RunFolder
-from tanren.plan.plan import read_plan
+from tanren.plan.plan import TrainingPlan, read_plan
 from tanren.stages.process import facts
 
 
@@ -52,8 +52,10 @@ def main(arguments: list[str]) -> int:
 
                 cpu.hide_gpu_libraries()
             if plan.launch.own != "nemo":
-                from tanren.engine import eager
+                from tanren.engine import eager, writer
 
+                if isinstance(plan, TrainingPlan) and (plan.bench is None or plan.bench.save):
+                    writer.fork_early()
                 eager.import_megatron()
             elif plan.launch.device == "cpu":
                 from tanren.stages.nemo import cpu as nemo_cpu
