@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from tanren import runs
@@ -126,6 +127,14 @@ def told_apart(module: str, folder: Path) -> dict[str, Any]:
     return found
 
 
+def trainer_of(command: int) -> psutil.Process:
+    """The one process that trains, of those that a command started."""
+    family = psutil.Process(command).children(recursive=True)
+    [trainer] = [one for one in family
+                 if "tanren.stages" in one.cmdline() and one.name() != "tanren-writer"]  # fmt: skip
+    return trainer
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 180.0) -> None:
     """Wait until a condition holds; fail the test when it does not in time."""
     deadline = time.monotonic() + seconds
@@ -136,8 +145,6 @@ def wait_for(condition: Callable[[], bool], seconds: float = 180.0) -> None:
 
 def end_group(process: subprocess.Popen[str]) -> None:
     """Kill a command and everything it started, as a power cut would."""
-    import psutil
-
     family = psutil.Process(process.pid).children(recursive=True)
     for member in [*family, psutil.Process(process.pid)]:
         try:

@@ -13,7 +13,7 @@ import pytest
 
 from tanren import runs
 from tanren.plan.paths import RunFolder
-from tests.conftest import RECIPES, SHORT, Finished, Tanren, end_group, wait_for
+from tests.conftest import RECIPES, SHORT, Finished, Tanren, end_group, trainer_of, wait_for
 from tests.stages.compared import weights
 
 STEPS = 24
@@ -84,10 +84,9 @@ def test_kill_9_goes_back_to_the_last_whole_checkpoint(
     """The training alone is killed: what writes its checkpoints does not stay behind."""
     process = begin(tanren)
     at_step(tanren, 13)
-    family = psutil.Process(process.pid).children(recursive=True)
-    [training] = [one for one in family if "tanren.stages" in one.cmdline()]
+    training = trainer_of(process.pid)
     helpers = training.children(recursive=True)
-    assert any("tanren.engine.writer" in one.cmdline() for one in helpers)
+    assert any(one.name() == "tanren-writer" for one in helpers)
     training.kill()
     _, alive = psutil.wait_procs(helpers, timeout=10)
     assert not alive

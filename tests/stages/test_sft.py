@@ -7,14 +7,13 @@ import re
 import shutil
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tanren import runs
 from tanren.data import selection
 from tanren.data.packing import best_fit
 from tanren.plan.paths import RunFolder
-from tests.conftest import CHATS, RECIPES, SHORT_SFT, Tanren, set_back, wait_for
+from tests.conftest import CHATS, RECIPES, SHORT_SFT, Tanren, set_back, trainer_of, wait_for
 from tests.stages.compared import assert_same_run, choice_of, curve, log_probs
 from tests.stages.conftest import take
 from tests.stages.warm import Warm
@@ -113,8 +112,7 @@ def test_kill_9_goes_back_to_the_last_whole_checkpoint(tanren: Tanren, once_tune
     folder = RunFolder(tanren.folder("sft"))
     process = tanren.start("sft", str(RECIPES / "sft.yaml"), sets=SHORT_SFT)
     wait_for(folder.checkpoint(2).exists)
-    family = psutil.Process(process.pid).children(recursive=True)
-    [training] = [one for one in family if "tanren.stages" in one.cmdline()]
+    training = trainer_of(process.pid)
     training.kill()
     process.communicate()
     assert runs.latest_checkpoint(folder) in (2, 4)

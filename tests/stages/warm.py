@@ -147,7 +147,7 @@ def run_stage(rank: int, job: dict[str, Any]) -> int:
     import torch
     import torch.distributed as dist
 
-    from tanren.engine import cpu, distributed
+    from tanren.engine import cpu, distributed, writer
     from tanren.stages.__main__ import main
 
     torch.set_num_threads(job["threads"])
@@ -163,8 +163,12 @@ def run_stage(rank: int, job: dict[str, Any]) -> int:
         try:
             return main([job["plan"], job["attempt"]])
         finally:
-            # A stage that fails leaves this to the end of its process.
+            # A stage that fails leaves these to the end of its process.
             distributed.finalize()
+            if writer._waiting is not None:
+                unused = writer.take()
+                unused.kill()
+                unused.wait()
 
 
 @contextlib.contextmanager

@@ -310,6 +310,8 @@ class Process:
             if not self.pid:
                 try:
                     _serve(theirs, self.memory)
+                except BaseException:
+                    traceback.print_exc()
                 finally:
                     os._exit(1)
         theirs.close()
