@@ -14,7 +14,7 @@ iteration = $(if $(ITER),--set 'iteration=$(ITER)')
 of = $(if $(filter-out midtrain,$(STAGE)),--set 'of=stage:$(STAGE)')
 recipe = recipes/$(TASK)/$@.yaml
 
-.PHONY: help setup doctor env-eval env-merge env-nemo fetch preprocess convert midtrain sft dpo pipeline export merge eval show generate fp8-gate bench plan submission build-image image-info lock shell status report wandb-sync logs cancel reproduce diff test test-images test-schedulers test-harness test-merge test-nemo check
+.PHONY: help setup doctor env-eval env-merge env-nemo fetch preprocess convert midtrain sft dpo pipeline export merge eval show generate fp8-gate bench plan submission build-image image-info lock shell status report wandb-sync logs cancel reproduce diff test test-long test-images test-schedulers test-harness test-merge test-nemo check
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -117,8 +117,11 @@ reproduce: ## RUN once more from its passport, in a new folder (NAME=; FORCE=1: 
 diff: ## in what runs A and B of a stage differ, and their losses side by side
 	@bin/setup host && bin/tanren diff '$(A)' '$(B)'
 
-test: ## every test that this machine can run
+test: ## the tests that need nothing else
 	@bin/setup dev && .venv/bin/python -m pytest -n auto --dist worksteal
+
+test-long: ## more of the same, with longer trainings
+	@bin/setup dev && .venv/bin/python -m pytest -n auto --dist worksteal -m long --durations 5
 
 test-images: ## builds cpu.sif twice and trains in it; needs Apptainer and a network
 	@bin/setup dev && .venv/bin/python -m pytest -n 2 -m images --durations 5

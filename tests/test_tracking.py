@@ -203,6 +203,7 @@ def test_a_wrong_key_is_one_message_with_what_to_look_at(
     assert not folder.wandb.exists()
 
 
+@pytest.mark.long
 def test_a_training_ends_well_beside_a_wandb_that_hangs(tanren: Tanren, tmp_path: Path) -> None:
     tanren.environment |= {
         "WANDB_MODE": "", "WANDB_API_KEY": KEY, "FAKE_WANDB": "hang in init",

@@ -16,6 +16,7 @@ from tanren.config.load import read_model
 from tests.conftest import REPOSITORY
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.long
 
 
 def test_two_processes_train_and_are_measured(tmp_path: Path) -> None:

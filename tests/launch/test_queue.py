@@ -247,6 +247,7 @@ def test_a_bench_is_a_job_whose_log_ends_with_its_table(empty: Cluster) -> None:
     assert done.out.rstrip().endswith("bench.json")
 
 
+@pytest.mark.long
 def test_a_chain_stops_before_its_walltime_saves_and_goes_on(cluster: Cluster) -> None:
     done = cluster.midtrain("--chain", "3")
     assert done.code == 0, done.text

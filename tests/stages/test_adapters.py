@@ -15,6 +15,8 @@ from tests.stages.compared import assert_same_run, choice_of, curve, log_probs, 
 from tests.stages.conftest import beside
 from tests.stages.warm import Server, Warm
 
+pytestmark = pytest.mark.long
+
 BELOW = ("preprocess", "convert", "midtrain")
 SIDES = ("chosen", "rejected")
 LORA = ("lora={rank: 4, dropout: 0.1}", "optimizer.lr=1.0e-2", "optimizer.min_lr=1.0e-3")

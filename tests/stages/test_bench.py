@@ -73,6 +73,7 @@ def test_made_up_pairs_need_no_reference_and_a_save_is_timed(tmp_path: Path) -> 
     assert not (tanren.runs / "tiny" / "cache").exists()
 
 
+@pytest.mark.long
 def test_a_real_bench_reads_what_the_stage_reads(once_tuned: Path, tmp_path: Path) -> None:
     shutil.copytree(once_tuned / "tiny", tmp_path / "runs" / "tiny", symlinks=True)
     tanren = Tanren(tmp_path / "runs")

@@ -165,6 +165,7 @@ def test_simpo_has_no_reference(warm: Warm) -> None:
     assert losses[-1] < losses[0] - 0.1
 
 
+@pytest.mark.long
 def test_ctrl_c_saves_and_the_same_command_goes_on(tanren: Tanren, once_tuned: Path) -> None:
     """By the real command."""
     for stage in ("midtrain", "sft"):

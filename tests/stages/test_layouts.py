@@ -31,7 +31,13 @@ def curve(tanren: Tanren, key: str) -> list[float]:
     return [found[step] for step in sorted(found)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(name, marks=() if name in ("tensor", "pipeline") else pytest.mark.long)
+        for name in LAYOUTS
+    ],
+)
 def test_two_processes_train_what_one_does(tanren: Tanren, single: Tanren, layout: str) -> None:
     done = tanren.midtrain(sets=LAYOUTS[layout])
     assert done.code == 0, done.text
@@ -70,6 +76,7 @@ def test_the_z_loss_lowers_z_and_the_loss_stays_the_cross_entropy(
     assert f"loss {losses[0]:.4f}  z loss {z_losses[0]:.4f}" in log
 
 
+@pytest.mark.long
 def test_the_z_loss_is_the_same_in_another_layout(tanren: Tanren, with_z_loss: Tanren) -> None:
     """Over parts of the vocabulary it is tested in tests/engine/test_loss.py.
 
@@ -90,6 +97,7 @@ def test_the_z_loss_is_the_same_in_another_layout(tanren: Tanren, with_z_loss: T
         assert mine == pytest.approx(theirs, rel=2e-5), key
 
 
+@pytest.mark.long
 def test_a_checkpoint_goes_from_layout_to_layout(trained: Tanren, single: Tanren) -> None:
     """One process, then tensor, pipeline and data parallel, each from what the one before saved."""
     every = "checkpoints.every_steps=1"
@@ -102,6 +110,7 @@ def test_a_checkpoint_goes_from_layout_to_layout(trained: Tanren, single: Tanren
         assert curve(trained, "loss") == pytest.approx(curve(single, "loss")[first:], rel=2e-5)
 
 
+@pytest.mark.long
 def test_a_hang_ends_with_the_stacks_of_both_ranks(tanren: Tanren) -> None:
     """One rank stands still; the other one waits for it, gives up, and both say where they were."""
     long = tuple("steps=4000" if text == "steps=8" else text for text in SHORT)

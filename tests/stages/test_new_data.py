@@ -22,6 +22,7 @@ def newest_log(folder: RunFolder) -> str:
     return folder.log(len(attempts)).read_text()
 
 
+@pytest.mark.long
 def test_new_data_are_asked_for_and_begin_where_the_run_goes_on(trained: Tanren) -> None:
     tanren, folder = trained, set_back(trained, 3)
     old = losses(folder)

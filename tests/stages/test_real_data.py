@@ -50,7 +50,10 @@ checkpoints: {every_steps: 100}
     "export": "{of: stage:midtrain, dtype: fp32}",
 }
 
-pytestmark = pytest.mark.skipif(not MODEL.exists(), reason=f"there is no {MODEL}")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not MODEL.exists(), reason=f"there is no {MODEL}"),
+]
 
 
 def gsm8k(part: str) -> list[str]:

@@ -41,6 +41,7 @@ def contents(folder: Path) -> dict[str, Any]:
     return {str(path): (fact.st_size, fact.st_mtime_ns) for path, fact in facts.items()}
 
 
+@pytest.mark.long
 def test_a_replayed_chain_has_the_losses_and_weights_of_the_first(
     tuned: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,6 +99,7 @@ def test_kill_9_goes_back_to_the_last_whole_checkpoint(
     assert_same(tanren, uninterrupted)
 
 
+@pytest.mark.long
 def test_kill_9_in_the_middle_of_a_save(tanren: Tanren, uninterrupted: dict[str, object]) -> None:
     folder = RunFolder(tanren.folder())
     process = begin(tanren)
@@ -115,6 +116,7 @@ def test_kill_9_in_the_middle_of_a_save(tanren: Tanren, uninterrupted: dict[str,
     assert_same(tanren, uninterrupted)
 
 
+@pytest.mark.long
 def test_killing_the_command_alone_ends_the_training_with_a_save(tanren: Tanren) -> None:
     folder = RunFolder(tanren.folder())
     process = begin(tanren)
@@ -130,6 +132,7 @@ def test_killing_the_command_alone_ends_the_training_with_a_save(tanren: Tanren)
     assert len(losses(tanren)) == STEPS
 
 
+@pytest.mark.long
 def test_the_whole_road_with_one_command_and_again(bare: Tanren) -> None:
     """What `make midtrain` does on a fresh machine, and what it says the second time."""
     words = ("--needs", "--then", "export")

@@ -22,6 +22,7 @@ def first_loss(tanren: Tanren, name: str = "midtrain") -> float:
     return runs.curve(tanren.folder(name) / "metrics.jsonl", "loss")[1]
 
 
+@pytest.mark.long
 def test_every_base_starts_where_it_should(trained: Tanren) -> None:
     """The same two steps from the stage, from its Hugging Face folder, from a trained checkpoint
     and from scratch: the first loss tells where each began."""
