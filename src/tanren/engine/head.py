@@ -247,7 +247,7 @@ class _LossesByChunks(torch.autograd.Function):
         )
         d_weight = ctx.d_weight
         if d_weight is not None and ctx.in_main_grad:
-            d_weight = already_in_main_grad(ctx.weight)
+            d_weight = _already_in_main_grad(ctx.weight)
         return ctx.d_hidden, d_weight, None, None, None, None, None
 
 
@@ -353,7 +353,7 @@ def fuse_without_apex() -> None:
     )
 
 
-def already_in_main_grad(weight: Any) -> torch.Tensor:
+def _already_in_main_grad(weight: Any) -> torch.Tensor:
     """What to return as a weight's gradient when it is in main_grad; marks the weight so.
 
     megatron-core's hook on the gradient counts the weight as ready. It wants a tensor, of any
