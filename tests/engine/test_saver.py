@@ -7,10 +7,14 @@ import os
 import pickle
 import signal
 import socket
+import subprocess
+import sys
+import time
 import zlib
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -61,6 +65,33 @@ def test_a_request_to_stop_does_not_reach_a_writer() -> None:
     process.connection.send(None)
     process.wait()
     assert process.poll() == 0
+
+
+def test_a_writer_ends_with_its_trainer_whoever_holds_the_pipe() -> None:
+    """A process that loads data has been forked off the trainer, too, and lives on a while."""
+    script = """if True:
+        import os, time
+        from tanren.engine import writer
+        process = writer.Process()
+        loader = os.fork()
+        if not loader:
+            time.sleep(60)
+        print(process.pid, loader, flush=True)
+        time.sleep(60)
+    """
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as trainer:
+        assert trainer.stdout is not None
+        child, loader = map(int, trainer.stdout.readline().split())
+        comm = Path(f"/proc/{child}/comm")
+        wait_for(lambda: comm.read_text() == "tanren-writer\n", 10)
+        # Its name comes just before its wish to be killed.
+        time.sleep(0.2)
+        trainer.kill()
+        try:
+            wait_for(lambda: psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+                     if psutil.pid_exists(child) else True, 3)  # fmt: skip
+        finally:
+            os.kill(loader, signal.SIGKILL)
 
 
 def test_a_stage_forks_its_writer_once_and_early(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import psutil
 import pytest
@@ -67,7 +67,7 @@ def job(folder: RunFolder, text: str) -> None:
 
 def run(folder: RunFolder, *signals: tuple[float, int]) -> object:
     """Run the job, and send signals to this process so many seconds after it listens to them."""
-    before = signal.getsignal(signal.SIGINT)
+    before, over = signal.getsignal(signal.SIGINT), Event()
 
     def listens() -> bool:
         return signal.getsignal(signal.SIGINT) is not before
@@ -77,13 +77,16 @@ def run(folder: RunFolder, *signals: tuple[float, int]) -> object:
         began = time.monotonic()
         for seconds, number in signals:
             time.sleep(max(began + seconds - time.monotonic(), 0))
-            if listens():  # else it would end the tests
+            if listens() and not over.is_set():  # else it would end the tests
                 signal.raise_signal(number)
 
     with runs.locked(folder.lock) as lock:
         if signals:
             Thread(target=send, daemon=True).start()
-        return local.run(folder, folder.job, 1, lock, lambda: None)
+        try:
+            return local.run(folder, folder.job, 1, lock, lambda: None)
+        finally:
+            over.set()
 
 
 def test_a_job_that_leaves_its_mark_is_done(folder: RunFolder) -> None:

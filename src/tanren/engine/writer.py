@@ -4,9 +4,9 @@ It knows no GPU and joins no process group: the trainer leaves the tensors in me
 and this process widens them, writes them and, that of the first rank, publishes the checkpoint. It
 runs beside the training at a low priority, and ends when the trainer does, however that ends.
 
-A stage forks it before there are GPUs, process groups or threads of its own: with torch imported
-and little else. A Python of its own would import all that a second time, which is seconds and some
-hundred megabytes a rank just when the training begins.
+A stage forks it before there are GPUs and process groups: with torch imported and little else. A
+Python of its own would import all that a second time, which is seconds and some hundred megabytes a
+rank just when the training begins.
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ def _work(orders: queue.SimpleQueue[Any], writer: Writer, trainer: Connection) -
             trainer.send(answer)
 
 
-def _serve(trainer: Connection, memory: int) -> NoReturn:
+def _serve(trainer: Connection, memory: int, parent: int) -> NoReturn:
     """The whole life of the process."""
     # Nothing that the trainer had open is to stay open for this one's sake, nor be closed late.
     gc.freeze()
@@ -277,8 +277,13 @@ def _serve(trainer: Connection, memory: int) -> NoReturn:
     for descriptor in {int(path.name) for path in Path("/proc/self/fd").iterdir()} - kept:
         with contextlib.suppress(OSError):
             os.close(descriptor)
-    pr_set_name = 15
-    ctypes.CDLL(None).prctl(pr_set_name, b"tanren-writer")
+    libc, pr_set_pdeathsig, pr_set_name = ctypes.CDLL(None), 1, 15
+    libc.prctl(pr_set_name, b"tanren-writer")
+    # What loads data was forked off the trainer, too, and holds the other end of the pipe: of a
+    # killed trainer this process hears late by it, and might still write what the next one clears.
+    libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
     os.nice(10)
     torch.set_num_threads(1)
     orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -305,11 +310,12 @@ class Process:
         self.memory = os.memfd_create("tanren-checkpoint")
         self.connection, theirs = Pipe()
         self.code: int | None = None
+        here = os.getpid()
         with _deaf_to_signals():
             self.pid = os.fork()
             if not self.pid:
                 try:
-                    _serve(theirs, self.memory)
+                    _serve(theirs, self.memory, here)
                 except BaseException:
                     traceback.print_exc()
                 finally:
@@ -331,7 +337,10 @@ class Process:
 
     def _wait(self, how: int) -> int | None:
         if self.code is None:
-            pid, status = os.waitpid(self.pid, how)
+            try:
+                pid, status = os.waitpid(self.pid, how)
+            except ChildProcessError:  # where SIGCHLD is ignored, nobody hears how it ended
+                pid, status = self.pid, 0
             self.code = os.waitstatus_to_exitcode(status) if pid else None
         return self.code
 

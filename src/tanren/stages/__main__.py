@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
             if plan.launch.own != "nemo":
                 from tanren.engine import eager, writer
 
-                if isinstance(plan, TrainingPlan) and (plan.bench is None or plan.bench.save):
+                if isinstance(plan, TrainingPlan):
                     writer.fork_early()
                 eager.import_megatron()
             elif plan.launch.device == "cpu":
