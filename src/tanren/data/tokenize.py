@@ -5,7 +5,6 @@ The result does not depend on the number of workers, nor on how often it was int
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import logging
 import multiprocessing
@@ -19,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tanren import runs
+from tanren import linux, runs
 from tanren.config.data import Source
 from tanren.config.errors import RequestError, WorkError
 from tanren.data import indexed, shards, tokenizer
@@ -229,9 +228,7 @@ def _begin(folder: Path, settings: Settings, shards_folder: Path, parent: int) -
     os.environ["RAYON_NUM_THREADS"] = "1"
     # Ctrl-C reaches the whole group: the parent alone says what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    linux.end_with(parent)
     _maker = shards.Maker(tokenizer.read(folder), settings, shards_folder)
 
 

@@ -12,7 +12,6 @@ rank just when the training begins.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import gc
 import mmap
@@ -34,7 +33,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from tanren import runs
+from tanren import linux, runs
 from tanren.convert.tensors import Stored
 from tanren.convert.torch_dist import Record, metadata, shares
 from tanren.engine.boxes import Chunk, join
@@ -277,13 +276,10 @@ def _serve(trainer: Connection, memory: int, parent: int) -> NoReturn:
     for descriptor in {int(path.name) for path in Path("/proc/self/fd").iterdir()} - kept:
         with contextlib.suppress(OSError):
             os.close(descriptor)
-    libc, pr_set_pdeathsig, pr_set_name = ctypes.CDLL(None), 1, 15
-    libc.prctl(pr_set_name, b"tanren-writer")
+    linux.rename("tanren-writer")
     # What loads data was forked off the trainer, too, and holds the other end of the pipe: of a
     # killed trainer this process hears late by it, and might still write what the next one clears.
-    libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    linux.end_with(parent)
     os.nice(10)
     torch.set_num_threads(1)
     orders: queue.SimpleQueue[Any] = queue.SimpleQueue()

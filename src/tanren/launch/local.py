@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shlex
 import signal
@@ -17,7 +16,7 @@ from types import FrameType
 
 import psutil
 
-from tanren import runs, tracking
+from tanren import linux, runs, tracking
 from tanren.config.errors import EXIT_STOPPED, TanrenError, WorkError
 from tanren.config.load import read_user, repository
 from tanren.data import hub
@@ -28,9 +27,6 @@ from tanren.plan.paths import RunFolder
 from tanren.plan.plan import Launch
 
 POLL_SECONDS = 0.2
-# Loaded before the fork: a thread that draws the progress bar may hold the importer's lock then.
-_LIBC = ctypes.CDLL(None)
-_PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass(frozen=True)
@@ -145,7 +141,7 @@ def run(
         mark.unlink(missing_ok=True)
     # What writes checkpoints outlives a training that is killed, and would wait for more for ever:
     # such orphans become this process's children.
-    _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    linux.adopt_orphans()
     others = set(_family(os.getpid()))
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -279,4 +275,4 @@ def _workers(job: int) -> list[psutil.Process]:
 
 def _die_with_parent() -> None:
     """Ask the kernel to end the job with SIGTERM when this command is killed."""
-    _LIBC.prctl(1, signal.SIGTERM)
+    linux.signal_at_parents_end(signal.SIGTERM)

@@ -9,12 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tanren.config.errors import RequestError
-from tanren.config.load import (
-    read_recipe,
-    read_user,
-    recipe_path,
-    repository,
-)
+from tanren.config.load import read_recipe, read_user, recipe_path, repository
 from tanren.config.schema import Recipe
 from tanren.config.training import Training
 from tanren.plan import training

@@ -7,7 +7,6 @@ STOPPED), where the command that waits finds it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import logging
 import os
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from tanren import provenance, runs
+from tanren import linux, provenance, runs
 from tanren.config.errors import TanrenError, WorkError
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import TrainingPlan, read_plan
@@ -123,8 +122,8 @@ def _end_with_the_launcher() -> None:
     The kernel sends SIGTERM then. A step that does not end within the grace, or a save, is cut off:
     on a cluster the job is over, and the node may be another's.
     """
-    parent, pr_set_pdeathsig = os.getppid(), 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    parent = os.getppid()
+    linux.signal_at_parents_end(signal.SIGTERM)
 
     def watch() -> None:
         while os.getppid() == parent:
