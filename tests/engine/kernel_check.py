@@ -48,6 +48,51 @@ def check(device: str, dtype: torch.dtype, part: tuple[int, int, int]) -> None:
     assert not real or float(there.min()) < 0 < float(there.max())
 
 
+def check_fp8(device: str, part: tuple[int, int, int]) -> None:
+    """The gradient in E5M2, in both orders, is `to_gradient`'s but for one rounding."""
+    first, real, width = part
+    torch.manual_seed(3)
+    rows = (3 * torch.randn(TOKENS, width + 16)).to(torch.bfloat16)
+    labels = torch.randint(min(VOCABULARY, first + real), (TOKENS,))
+    labels[0] = max(first + real - 1, 0)
+    mine = head.Vocabulary(first, real, None)  # type: ignore[arg-type]
+    highest, log_sum = torch.full((TOKENS,), 12.0), torch.rand(TOKENS)
+    d_softmax, d_label = torch.rand(TOKENS), torch.rand(TOKENS)
+    vectors = (highest, log_sum, d_softmax, d_label)
+    by_token = torch.full((TOKENS, width), torch.nan, device=device).to(torch.float8_e5m2)
+    by_column = torch.full((width, TOKENS), torch.nan, device=device).to(torch.float8_e5m2)
+    scale = torch.full((1,), 2.0**15, device=device)
+    there = rows.clone().to(device)[:, :width]
+    head_kernels.to_fp8_gradient(
+        there, labels.to(device), first, real, *(one.to(device) for one in vectors),
+        scale, by_token, by_column, tile=(16, 64), warps=1,
+    )  # fmt: skip
+    expected = rows[:, :width].float()
+    head.to_gradient(expected, labels, mine, *vectors)
+    found = by_token.cpu().float() / 2.0**15
+    # Triton's interpreter loses the carry where it rounds up to a power of two.
+    near = 0.51 if device == "cpu" else 2.0**-2.9
+    torch.testing.assert_close(found, expected, rtol=near, atol=2.0**-31)
+    assert torch.equal(by_column.cpu().float().T, by_token.cpu().float())
+    assert torch.equal(there.cpu(), rows[:, :width])
+    assert not real or float(found.min()) < 0 < float(found.max())
+
+
+def check_transposed(device: str) -> None:
+    """A matrix of no whole tiles in E4M3."""
+    torch.manual_seed(4)
+    matrix = torch.randn(37, 150).to(torch.bfloat16)
+    scale = (448 / matrix.abs().max()).float().view(1)
+    found = torch.empty(150, 37, dtype=torch.float8_e4m3fn, device=device)
+    head_kernels.to_fp8_transposed(
+        matrix.to(device), scale.to(device), found, tile=(16, 64), warps=1
+    )
+    expected = (matrix.float() * scale).T
+    near = 0.51 if device == "cpu" else 2.0**-3.9
+    torch.testing.assert_close(found.cpu().float(), expected, rtol=near, atol=2.0**-10)
+    assert float(found.float().abs().max()) == 448
+
+
 def far(device: str) -> None:
     """The last of more logits than 32 bits count."""
     tokens, width = 2**14 + 1, 2**17
@@ -67,6 +112,9 @@ if __name__ == "__main__":
     for dtype in (torch.float32, torch.bfloat16):
         for part in PARTS:
             check(device, dtype, part)
+    for part in PARTS:
+        check_fp8(device, part)
+    check_transposed(device)
     if device == "cuda":
         far(device)
     print("checked", len(PARTS))

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
@@ -29,6 +30,8 @@ from torch.autograd.function import once_differentiable
 CHUNK = 4096
 # False keeps the logits of all tokens wherever gradients are wanted.
 GRADIENTS_BY_CHUNKS = True
+# Products of FP8 take tokens by multiples of this.
+FP8_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def to_gradient(
 
 
 @dataclass(frozen=True)
-class _Softmax:
+class Softmax:
     """Of each token over the whole vocabulary, [tokens] in fp32 and alike on every rank of it.
 
     log Z (Z is the softmax's denominator) in two terms, so that nothing is lost where logits are
@@ -146,7 +149,7 @@ class _Softmax:
         return d_losses[0] + 2 * z_loss * d_losses[1] * self.log_z
 
 
-def _softmax(logits: torch.Tensor, labels: torch.Tensor, mine: Vocabulary) -> _Softmax:
+def _softmax(logits: torch.Tensor, labels: torch.Tensor, mine: Vocabulary) -> Softmax:
     highest, wanted, total = parts = softmax_parts(logits, labels, mine)
     if mine.group.size() > 1:
         own = highest.clone()
@@ -154,7 +157,7 @@ def _softmax(logits: torch.Tensor, labels: torch.Tensor, mine: Vocabulary) -> _S
         total.mul_((own - highest).exp_())
         dist.all_reduce(total, group=mine.group)
     log_sum = total.log()
-    return _Softmax(highest, log_sum, log_sum - (wanted - highest))
+    return Softmax(highest, log_sum, log_sum - (wanted - highest))
 
 
 class _Losses(torch.autograd.Function):
@@ -214,6 +217,7 @@ class _LossesByChunks(torch.autograd.Function):
         z_loss: float,
         chunk: int,
         loss_weights: torch.Tensor,
+        fp8: Any | None,
     ) -> torch.Tensor:
         """See `losses_by_chunks`."""
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -223,15 +227,16 @@ class _LossesByChunks(torch.autograd.Function):
             d_weight = getattr(weight, "main_grad", None)
             ctx.in_main_grad = d_weight is not None
             d_weight = torch.zeros_like(weight) if d_weight is None else d_weight
+        if fp8 is None:
+            gradients = Gradients(loss_weights, d_hidden, d_weight)
+        else:
+            from tanren.engine import head_fp8
+
+            gradients = head_fp8.Gradients(loss_weights, d_hidden, d_weight, fp8)
         found = _by_chunks(
-            hidden,
-            weight,
-            labels,
-            mine,
-            z_loss,
-            chunk,
-            _Gradients(loss_weights, d_hidden, d_weight),
-        )
+            hidden, weight, labels, mine, z_loss, chunk, gradients,
+            multiple=1 if fp8 is None else FP8_TOKENS,
+        )  # fmt: skip
         ctx.weight, ctx.d_hidden, ctx.d_weight = weight, d_hidden, d_weight
         ctx.save_for_backward(loss_weights)
         return found
@@ -247,17 +252,35 @@ class _LossesByChunks(torch.autograd.Function):
         )
         d_weight = ctx.d_weight
         if d_weight is not None and ctx.in_main_grad:
-            d_weight = _already_in_main_grad(ctx.weight)
-        return ctx.d_hidden, d_weight, None, None, None, None, None
+            d_weight = already_in_main_grad(ctx.weight)
+        return ctx.d_hidden, d_weight, None, None, None, None, None, None
 
 
 @dataclass(frozen=True)
-class _Gradients:
+class Gradients:
     """Where gradients go: d_hidden is overwritten, d_weight added to; None where it is frozen."""
 
     loss_weights: torch.Tensor
     d_hidden: torch.Tensor | None
     d_weight: torch.Tensor | None
+
+    def add(
+        self, part: slice, hidden: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor,
+        labels: torch.Tensor, mine: Vocabulary, softmax: Softmax, d_softmax: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Those of some tokens, whose logits may be overwritten.
+
+        Args:
+            part: which tokens they are.
+            hidden: [all tokens, hidden].
+            logits: [tokens, columns]; labels, softmax and d_softmax of the same tokens.
+        """
+        d_label = self.loss_weights[part]
+        to_gradient(logits, labels, mine, softmax.highest, softmax.log_sum, d_softmax, d_label)
+        if self.d_hidden is not None:
+            torch.mm(logits, weight, out=self.d_hidden[part])
+        if self.d_weight is not None:
+            add_product(self.d_weight, logits, hidden[part])
 
 
 def _by_chunks(
@@ -267,12 +290,17 @@ def _by_chunks(
     mine: Vocabulary,
     z_loss: float,
     chunk: int,
-    gradients: _Gradients | None,
+    gradients: Gradients | None,
+    multiple: int = 1,
 ) -> torch.Tensor:
-    """Losses [kinds, tokens]; with `gradients` those of their weighted sum."""
+    """Losses [kinds, tokens]; with `gradients` those of their weighted sum.
+
+    Tokens are taken by multiples of `multiple`.
+    """
     tokens, found = hidden.size(0), []
     # Parts of one size: a small one at the end would read the weight, and its gradient, for little.
     size = -(-tokens // max(-(-tokens // chunk), 1))
+    size = -(-size // multiple) * multiple
     buffer = torch.empty(size, weight.size(0), dtype=hidden.dtype, device=hidden.device)
     for first in range(0, tokens, size):
         part = slice(first, min(first + size, tokens))
@@ -281,15 +309,8 @@ def _by_chunks(
         found.append(softmax.losses(z_loss))
         if gradients is None:
             continue
-        d_losses = gradients.loss_weights[part]
-        d_softmax = softmax.d_softmax(d_losses.expand(2, -1), z_loss)
-        to_gradient(
-            logits, labels[part], mine, softmax.highest, softmax.log_sum, d_softmax, d_losses
-        )
-        if gradients.d_hidden is not None:
-            torch.mm(logits, weight, out=gradients.d_hidden[part])
-        if gradients.d_weight is not None:
-            add_product(gradients.d_weight, logits, hidden[part])
+        d_softmax = softmax.d_softmax(gradients.loss_weights[part].expand(2, -1), z_loss)
+        gradients.add(part, hidden, weight, logits, labels[part], mine, softmax, d_softmax)
     return torch.cat(found, 1)
 
 
@@ -302,6 +323,7 @@ def losses_by_chunks(
     *,
     loss_weights: torch.Tensor | None,
     chunk: int,
+    fp8: Any | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of each token over the real vocabulary, in nats, and its z-loss.
 
@@ -317,16 +339,22 @@ def losses_by_chunks(
         z_loss: what log²Z of each token is weighed with; 0 leaves it out.
         loss_weights: [tokens] in fp32; None where nothing is differentiated.
         chunk: tokens whose logits exist at a time.
+        fp8: the weight as head_fp8.Weight casts it, where gradients are products of FP8.
     Returns:
         [kinds, tokens] in fp32, the same on every rank of the group; kinds is 1, or 2 with z-loss.
     """
     if not torch.is_grad_enabled():
         return _by_chunks(hidden, weight, labels, mine, z_loss, chunk, None)
     assert loss_weights is not None and loss_weights.dtype == torch.float32
+    tokens = hidden.size(0)
+    more = -tokens % FP8_TOKENS if fp8 is not None else 0
+    if more:
+        hidden = F.pad(hidden, (0, 0, 0, more))
+        labels, loss_weights = F.pad(labels, (0, more)), F.pad(loss_weights, (0, more))
     losses: torch.Tensor = _LossesByChunks.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, labels, mine, z_loss, chunk, loss_weights
+        hidden, weight, labels, mine, z_loss, chunk, loss_weights, fp8
     )
-    return losses
+    return losses[:, :tokens] if more else losses
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -353,7 +381,7 @@ def fuse_without_apex() -> None:
     )
 
 
-def _already_in_main_grad(weight: Any) -> torch.Tensor:
+def already_in_main_grad(weight: Any) -> torch.Tensor:
     """What to return as a weight's gradient when it is in main_grad; marks the weight so.
 
     megatron-core's hook on the gradient counts the weight as ready. It wants a tensor, of any
@@ -373,6 +401,10 @@ class Head(ColumnParallelLinear):
 
     vocabulary_size: int
     z_loss: float
+    # Set by megatron-core before a step's first micro batch, as on Transformer Engine's layers.
+    is_first_microbatch: bool
+    # Where the weight is cast to FP8; None where the gradients' products stay in bf16.
+    _fp8: Any | None
 
     @classmethod
     def take_over(cls, layer: ColumnParallelLinear, vocabulary_size: int, z_loss: float) -> None:
@@ -384,6 +416,11 @@ class Head(ColumnParallelLinear):
         """
         layer.__class__ = cls
         layer.vocabulary_size, layer.z_loss = vocabulary_size, z_loss
+        layer.is_first_microbatch, layer._fp8 = True, None
+        if layer.config.fp8 is not None:
+            from tanren.engine import head_fp8
+
+            layer._fp8 = head_fp8.Weight()
 
     def forward(
         self,
@@ -414,9 +451,14 @@ class Head(ColumnParallelLinear):
         mine = Vocabulary.of(self.vocabulary_size, weight.size(0), self.tp_group)
         known = loss_weights is not None and GRADIENTS_BY_CHUNKS
         if known or not torch.is_grad_enabled():
+            cast = None
+            if self._fp8 is not None and torch.is_grad_enabled():
+                cast = self._fp8.cast(weight, changed=self.is_first_microbatch)
+                self.is_first_microbatch = False
             return losses_by_chunks(
-                hidden, weight, labels, mine, self.z_loss, loss_weights=loss_weights, chunk=CHUNK
-            )
+                hidden, weight, labels, mine, self.z_loss,
+                loss_weights=loss_weights, chunk=CHUNK, fp8=cast,
+            )  # fmt: skip
         logits = self._forward_impl(
             input=hidden,
             weight=weight,

@@ -12,6 +12,8 @@ import triton.language as tl
 
 # Columns that a program takes at a time, and its warps.
 BLOCK, WARPS = 8192, 8
+# Rows and columns of a tile that is written as it stands and transposed, and its warps.
+TILE, TILE_WARPS = (128, 128), 4
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -60,6 +62,55 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     tl.store(logits + at, gradient.to(x.dtype), mask=at < width)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _fp8_gradient_kernel(  # type: ignore[no-untyped-def]
+    logits, stride, labels, first, highest, log_sum, d_softmax, d_label, scale,
+    by_token, by_column, tokens,
+    columns: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """A tile a program; tiles of the same tokens lie beside one another in the grid.
+
+    All that is of a token alone is worked out once a row: an element takes one product, one power
+    of two, and what its label wants.
+    """
+    program, blocks = tl.program_id(0), tl.cdiv(width, block)
+    token = ((program // blocks) * rows + tl.arange(0, rows)).to(tl.int64)
+    at = (program % blocks) * block + tl.arange(0, block)
+    known, inside = token < tokens, at < width
+    here = known[:, None] & inside[None, :]
+    x = tl.load(logits + token[:, None] * stride + at[None, :], mask=here, other=0.0)
+    by = tl.load(scale)
+    log_z = tl.load(highest + token, known, other=0.0) + tl.load(log_sum + token, known, other=0.0)
+    weight = by * tl.load(d_softmax + token, known, other=0.0)
+    less = 1.4426950408889634 * log_z - tl.log2(weight)
+    of_label = by * tl.load(d_label + token, known, other=0.0)
+    label = (tl.load(labels + token, known, other=0) - first).to(tl.int32)
+    gradient = tl.exp2(x.to(tl.float32) * 1.4426950408889634 - less[:, None])
+    gradient = tl.where(at[None, :] == label[:, None], gradient - of_label[:, None], gradient)
+    gradient = tl.where((at < columns)[None, :], gradient, 0.0)
+    cast = gradient.to(by_token.dtype.element_ty)
+    tl.store(by_token + token[:, None] * width + at[None, :], cast, mask=here)
+    # Read again, or Triton computes all of it a second time in the order that is written next.
+    tl.debug_barrier()
+    cast = tl.load(by_token + token[:, None] * width + at[None, :], mask=here, other=0.0)
+    across = by_column + at[:, None].to(tl.int64) * tokens + token[None, :]
+    tl.store(across, tl.trans(cast), mask=inside[:, None] & known[None, :])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _fp8_transpose_kernel(  # type: ignore[no-untyped-def]
+    matrix, scale, result, height, width, rows: tl.constexpr, block: tl.constexpr
+):
+    program, blocks = tl.program_id(0), tl.cdiv(width, block)
+    row = ((program // blocks) * rows + tl.arange(0, rows)).to(tl.int64)
+    column = (program % blocks) * block + tl.arange(0, block)
+    here = (row < height)[:, None] & (column < width)[None, :]
+    x = tl.load(matrix + row[:, None] * width + column[None, :], mask=here, other=0.0)
+    cast = (x.to(tl.float32) * tl.load(scale)).to(result.dtype.element_ty)
+    across = result + column[:, None].to(tl.int64) * height + row[None, :]
+    tl.store(across, tl.trans(cast), mask=(column < width)[:, None] & (row < height)[None, :])
+
+
 def softmax_parts(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -102,3 +153,64 @@ def to_gradient(
         logits, logits.stride(0), labels, first, highest, log_sum, d_softmax, d_label,
         columns=columns, width=width, block=block, num_warps=warps,
     )  # fmt: skip
+
+
+def to_fp8_gradient(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    first: int,
+    columns: int,
+    highest: torch.Tensor,
+    log_sum: torch.Tensor,
+    d_softmax: torch.Tensor,
+    d_label: torch.Tensor,
+    scale: torch.Tensor,
+    by_token: torch.Tensor,
+    by_column: torch.Tensor,
+    *,
+    tile: tuple[int, int] = TILE,
+    warps: int = TILE_WARPS,
+) -> None:
+    """The gradient that `to_gradient` makes, times `scale`, in FP8 and in both orders.
+
+    Args:
+        logits: [tokens, width], left as they are.
+        scale: [1] in fp32; what it makes larger than the type holds becomes its largest value.
+        by_token: [tokens, width], where it goes.
+        by_column: [width, tokens], the same transposed.
+    """
+    tokens, width = logits.shape
+    vectors = (labels, highest, log_sum, d_softmax, d_label)
+    assert all(one.shape == (tokens,) and one.is_contiguous() for one in vectors)
+    assert logits.stride(1) == 1
+    assert by_token.shape == (tokens, width) and by_token.is_contiguous()
+    assert by_column.shape == (width, tokens) and by_column.is_contiguous()
+    if not columns:
+        # A tile of constants is not written as such in FP8 (Triton 3.6).
+        by_token.view(torch.uint8).zero_()
+        by_column.view(torch.uint8).zero_()
+        return
+    rows, block = tile
+    _fp8_gradient_kernel[(triton.cdiv(tokens, rows) * triton.cdiv(width, block),)](
+        logits, logits.stride(0), labels, first, highest, log_sum, d_softmax, d_label, scale,
+        by_token, by_column, tokens,
+        columns=columns, width=width, rows=rows, block=block, num_warps=warps,
+    )  # fmt: skip
+
+
+def to_fp8_transposed(
+    matrix: torch.Tensor,
+    scale: torch.Tensor,
+    result: torch.Tensor,
+    *,
+    tile: tuple[int, int] = TILE,
+    warps: int = TILE_WARPS,
+) -> None:
+    """Write a matrix [height, width], times `scale` [1] in fp32, to `result` [width, height]."""
+    height, width = matrix.shape
+    assert matrix.is_contiguous() and result.is_contiguous()
+    assert result.shape == (width, height)
+    rows, block = tile
+    _fp8_transpose_kernel[(triton.cdiv(height, rows) * triton.cdiv(width, block),)](
+        matrix, scale, result, height, width, rows=rows, block=block, num_warps=warps
+    )
