@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
@@ -226,6 +227,29 @@ def build(shape: Model, config: TransformerConfig, z_loss: float = 0.0) -> Llama
     return model.cuda()
 
 
+class ShardedGradients(DistributedDataParallel):
+    """megatron-core's gradient buffers, of which a rank scales what its optimizer reads.
+
+    Once they are reduced, the rest of a buffer has sums that nothing reads any more.
+    """
+
+    def scale_gradients(self, scaling_factor: torch.Tensor) -> None:
+        """Multiply this rank's part of each bucket, in place.
+
+        Args:
+            scaling_factor: of no dimensions, on the buffers' device.
+        """
+        parts = []
+        for group in self.bucket_groups:
+            for bucket in group.buckets:
+                parts.append(
+                    shard_buffer(bucket.grad_data, group.intra_distributed_optimizer_instance_size)[
+                        group.intra_distributed_optimizer_instance_rank
+                    ]
+                )
+        torch._foreach_mul_(parts, scaling_factor)
+
+
 def wrap_for_training(
     model: Llama, main_gradients: Literal["fp32", "bf16"] = "fp32"
 ) -> DistributedDataParallel:
@@ -239,7 +263,7 @@ def wrap_for_training(
     data_parallel = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     overlap = on_gpu and data_parallel > 1
     module = Float16Module(config, model) if config.bf16 else model
-    return DistributedDataParallel(
+    return ShardedGradients(
         config,
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=main_gradients == "fp32",
