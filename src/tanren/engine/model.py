@@ -16,6 +16,7 @@ from megatron.core.transformer.module import Float16Module
 
 from tanren.config.model import Model, RopeScaling
 from tanren.config.training import Layout, Lora
+from tanren.engine.embedding import Embedding
 from tanren.engine.head import Head, fuse_without_apex
 from tanren.engine.packed import block_mask, sequence_params
 
@@ -136,6 +137,8 @@ class Llama(GPTModel):
             rotary_base=shape.rotary_base,
         )
         self.shape, self.z_loss = shape, z_loss
+        if self.pre_process:
+            Embedding.take_over(self.embedding.word_embeddings)
         if self.post_process:
             Head.take_over(self.output_layer, shape.vocabulary_size, z_loss)
         # Transformer Engine's attention takes packed sequences (thd), the local one a mask.

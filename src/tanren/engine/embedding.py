@@ -1,0 +1,77 @@
+"""The vocabulary's embedding, whose gradient goes where it is added up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+from megatron.core.tensor_parallel.mappings import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch.autograd.function import once_differentiable
+
+from tanren.engine.head import already_in_main_grad
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of a weight; their gradients join its main_grad."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Weight [pieces, hidden], rows [...]; [..., hidden]."""
+        ctx.save_for_backward(rows)
+        ctx.weight = weight
+        return F.embedding(rows, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        total = ctx.weight.main_grad
+        # Sorted by piece, and so in one order; index_add_ adds as its threads come.
+        total.index_put_(
+            (rows.flatten(),), gradient.flatten(0, -2).to(total.dtype), accumulate=True
+        )
+        return already_in_main_grad(ctx.weight), None
+
+
+class Embedding(VocabParallelEmbedding):
+    """megatron-core's layer, made by GPTModel, with another backward pass.
+
+    A micro batch has some thousand tokens of some hundred thousand pieces. torch makes a gradient
+    of the whole vocabulary of it, which is filled with noughts and then added to main_grad: 8 bytes
+    moved for each of the weight's elements, where the rows of these tokens are all that changes.
+    """
+
+    @classmethod
+    def take_over(cls, layer: VocabParallelEmbedding) -> None:
+        """Make GPTModel's embedding one of these."""
+        layer.__class__ = cls
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens [batch, sequence]; as megatron-core: [batch, sequence, hidden], or with sequence
+        parallelism this rank's [sequence, batch, hidden].
+        """
+        main_grad = getattr(self.weight, "main_grad", None)
+        # A tied weight has a second gradient, which autograd adds to this one; and a frozen one
+        # none. In bf16 main gradients a frequent piece's would lose its small parts one by one.
+        tied = getattr(self.weight, "zero_out_wgrad", False)
+        if main_grad is None or main_grad.dtype != torch.float32 or tied:
+            return super().forward(tokens)
+        rows = tokens - self.vocab_start_index
+        elsewhere = None
+        if self.tp_group.size() > 1:
+            elsewhere = (rows < 0) | (rows >= self.num_embeddings_per_partition)
+            rows = rows.masked_fill(elsewhere, 0)
+        found: torch.Tensor = _Lookup.apply(  # type: ignore[no-untyped-call]
+            self.weight, rows
+        )
+        if elsewhere is not None:
+            found = found.masked_fill(elsewhere[..., None], 0)
+        if self.reduce_scatter_embeddings:
+            found = found.transpose(0, 1).contiguous()
+            return reduce_scatter_to_sequence_parallel_region(found, group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(found, group=self.tp_group)

@@ -1,0 +1,36 @@
+"""The gradient of an embedding joins main_grad row by row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tanren.engine.embedding import _Lookup
+
+PIECES, HIDDEN = 23, 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_join_what_is_there_and_pieces_may_come_often(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    weight: Any = torch.nn.Parameter(torch.randn(PIECES, HIDDEN).to(dtype))
+    weight.main_grad = torch.randn(PIECES, HIDDEN)
+    before = weight.main_grad.clone()
+    expected = before.double()
+    for width in (5, 300):  # two micro batches; in the second, pieces come a dozen times
+        tokens = torch.randint(PIECES - 3, (2, width))
+        upstream = torch.randn(2, width, HIDDEN).to(dtype)
+        found: Any = _Lookup.apply(weight, tokens)
+        assert torch.equal(found, F.embedding(tokens, weight))
+        found.backward(upstream)
+        assert weight.grad_added_to_main_grad
+        weight.grad = None
+        exact = weight.detach().double().requires_grad_()
+        F.embedding(tokens, exact).backward(upstream.double())
+        assert exact.grad is not None
+        expected = expected + exact.grad
+    torch.testing.assert_close(weight.main_grad.double(), expected, rtol=1e-6, atol=1e-5)
+    assert torch.equal(weight.main_grad[-3:], before[-3:])
