@@ -7,6 +7,7 @@ three times as long as the bytes need (docs/performance.md has the figures).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,20 +19,30 @@ from torch.autograd.function import once_differentiable
 _BLOCK = 1024
 
 
+@triton.jit
+def _store_largest(largest, value):  # type: ignore[no-untyped-def]
+    """Each program's own, in the order of the grid."""
+    tl.store(largest + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), value)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
-def _swiglu(gate_up, result, width, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _swiglu(  # type: ignore[no-untyped-def]
+    gate_up, result, largest, width, block: tl.constexpr, measures: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     inside = column < width
     gate = tl.load(gate_up + row * 2 * width + column, inside).to(tl.float32)
     up = tl.load(gate_up + (row * 2 + 1) * width + column, inside).to(tl.float32)
-    value = gate * tl.sigmoid(gate) * up
-    tl.store(result + row * width + column, value.to(result.dtype.element_ty), inside)
+    value = (gate * tl.sigmoid(gate) * up).to(result.dtype.element_ty)
+    tl.store(result + row * width + column, value, inside)
+    if measures:
+        _store_largest(largest, tl.max(tl.where(inside, tl.abs(value.to(tl.float32)), 0.0), 0))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _swiglu_gradient(  # type: ignore[no-untyped-def]
-    gradient, gate_up, result, width, block: tl.constexpr
+    gradient, gate_up, result, largest, width, block: tl.constexpr, measures: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
@@ -41,43 +52,85 @@ def _swiglu_gradient(  # type: ignore[no-untyped-def]
     gate = tl.load(gate_up + first, inside).to(tl.float32)
     up = tl.load(gate_up + second, inside).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
-    of_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
-    of_up = grad * gate * sigmoid
-    tl.store(result + first, of_gate.to(result.dtype.element_ty), inside)
-    tl.store(result + second, of_up.to(result.dtype.element_ty), inside)
+    of_gate = (grad * up * sigmoid * (1 + gate * (1 - sigmoid))).to(result.dtype.element_ty)
+    of_up = (grad * gate * sigmoid).to(result.dtype.element_ty)
+    tl.store(result + first, of_gate, inside)
+    tl.store(result + second, of_up, inside)
+    if measures:
+        both = tl.maximum(tl.abs(of_gate.to(tl.float32)), tl.abs(of_up.to(tl.float32)))
+        _store_largest(largest, tl.max(tl.where(inside, both, 0.0), 0))
+
+
+# Where the largest absolute value of a tensor goes, [1] in fp32; asked when the tensor is made.
+Largest = Callable[[], torch.Tensor | None]
+
+
+class _Measured:
+    """Where a kernel's programs write their largest values, if anybody wants the largest of all."""
+
+    def __init__(self, wanted: torch.Tensor | None, programs: int) -> None:
+        self._wanted = wanted
+        self._each = None if wanted is None else wanted.new_empty(programs)
+
+    def options(self) -> dict[str, Any]:
+        return {"largest": self._each, "measures": self._each is not None}
+
+    def finish(self) -> None:
+        if self._each is not None:
+            torch.amax(self._each, 0, keepdim=True, out=self._wanted)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, gate_up: torch.Tensor, of_result: Largest, of_gradient: Largest
+    ) -> torch.Tensor:
         width = gate_up.size(-1) // 2
         result = gate_up.new_empty(*gate_up.shape[:-1], width)
         grid = (gate_up.numel() // (2 * width), triton.cdiv(width, _BLOCK))
-        _swiglu[grid](gate_up, result, width, block=_BLOCK)
+        measured = _Measured(of_result(), grid[0] * grid[1])
+        _swiglu[grid](gate_up, result, width=width, block=_BLOCK, **measured.options())
+        measured.finish()
         ctx.save_for_backward(gate_up)
+        ctx.of_gradient = of_gradient
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gate_up,) = ctx.saved_tensors
         width = gate_up.size(-1) // 2
         result = torch.empty_like(gate_up)
         grid = (gate_up.numel() // (2 * width), triton.cdiv(width, _BLOCK))
-        _swiglu_gradient[grid](gradient.contiguous(), gate_up, result, width, block=_BLOCK)
-        return result
+        measured = _Measured(ctx.of_gradient(), grid[0] * grid[1])
+        _swiglu_gradient[grid](
+            gradient.contiguous(), gate_up, result,
+            width=width, block=_BLOCK, **measured.options(),
+        )  # fmt: skip
+        measured.finish()
+        return result, None, None
 
 
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+def _nowhere() -> None:
+    return None
+
+
+def swiglu(
+    gate_up: torch.Tensor, of_result: Largest = _nowhere, of_gradient: Largest = _nowhere
+) -> torch.Tensor:
     """SiLU(gate) * up (Shazeer 2020), computed in fp32.
 
     Args:
         gate_up: [..., 2 x width], gate first; contiguous.
+        of_result: where the largest absolute value of the result goes, see `Largest`.
+        of_gradient: the same of the gradient of `gate_up`, when it is made.
     Returns:
         [..., width], in its dtype.
     """
     assert gate_up.is_contiguous()
-    result: torch.Tensor = _SwiGLU.apply(gate_up)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _SwiGLU.apply(  # type: ignore[no-untyped-call]
+        gate_up, of_result, of_gradient
+    )
     return result
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
+import transformer_engine_torch as tex
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
+from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer
 
 from tanren.engine.kernels import split_and_rotate, swiglu
 
@@ -54,12 +58,52 @@ def _turned(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return turned
 
 
+def _of_input(linear: Any) -> torch.Tensor | None:
+    return _largest(linear.quantizers["scaling_fwd"], tex.FP8FwdTensors.GEMM1_INPUT)
+
+
+def _of_gradient(linear: Any) -> torch.Tensor | None:
+    return _largest(linear.quantizers["scaling_bwd"], tex.FP8BwdTensors.GRAD_OUTPUT1)
+
+
+def _largest(quantizers: Any, which: int) -> torch.Tensor | None:
+    """Where a linear layer takes the largest absolute value of a tensor from when it casts that to
+    FP8; None where it does not want to be told.
+
+    With scaling by the present tensor a cast reads it twice, at first for that value. What made the
+    tensor has it for nothing. Before its first pass a layer has no quantizers, in bf16 never any.
+    """
+    quantizer = quantizers[which] if isinstance(quantizers, list) else None
+    if not isinstance(quantizer, Float8CurrentScalingQuantizer) or quantizer.with_amax_reduction:
+        return None
+    quantizer.use_existing_amax = True
+    amax: torch.Tensor = quantizer.amax
+    return amax
+
+
 class SwiGLU(MegatronModule):
     """The activation between fc1 (gate and up, one after the other) and fc2."""
 
+    _around: tuple[Any, Any] | None = None
+
+    def stand_between(self, fc1: torch.nn.Module, fc2: torch.nn.Module) -> None:
+        """Measure what these layers cast to FP8: the gradient of fc1's output, fc2's input."""
+        # In a tuple, or they would be this module's children as well.
+        self._around = fc1, fc2
+
     def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
         """[sequence, batch, 2 x width] to [sequence, batch, width]."""
-        return swiglu(gate_up)
+        if self._around is None:
+            return swiglu(gate_up)
+        fc1, fc2 = self._around
+        return swiglu(gate_up, partial(_of_input, fc2), partial(_of_gradient, fc1))
+
+
+def join_activations(model: torch.nn.Module) -> None:
+    """Let the activations of a model's MLPs measure for the layers beside them."""
+    for module in model.modules():
+        if isinstance(module, MLP):
+            module.activation_func.stand_between(module.linear_fc1, module.linear_fc2)
 
 
 def layer_spec() -> ModuleSpec:

@@ -137,6 +137,10 @@ class Llama(GPTModel):
             rotary_base=shape.rotary_base,
         )
         self.shape, self.z_loss = shape, z_loss
+        if torch.cuda.is_available():
+            from tanren.engine.layers import join_activations
+
+            join_activations(self)
         if self.pre_process:
             Embedding.take_over(self.embedding.word_embeddings)
         if self.post_process:
