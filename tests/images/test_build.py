@@ -119,6 +119,8 @@ def test_a_build_that_is_killed_leaves_no_half_image(tmp_path: Path, number: int
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "apptainer").symlink_to(FAKE)
+    # It is looked for and not run: the builder above stands for it.
+    (tools / "debootstrap").symlink_to(FAKE)
     images = tmp_path / "images"
     (images / ".cache").mkdir(parents=True)
     pip = tools / "sitecustomize.py"

@@ -216,6 +216,9 @@ class Training(Strict):
 
     `micro_batch` is in rows. `main_gradients` is the type that gradients are added up in over the
     micro batches of a step. With `auto` the plan takes what the GPU's memory holds.
+
+    `attention` is by whose kernels a GPU computes it: `te`, Transformer Engine's choice, cuDNN on
+    Hopper; `flash4`, the package flash-attn-4; `auto` takes that where it is installed and fits.
     """
 
     model: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
@@ -227,6 +230,7 @@ class Training(Strict):
     steps: Positive | None = None
     precision: Literal["auto", "bf16", "fp32"] = "bf16"
     fp8: Literal["none", "tensorwise", "delayed", "blockwise"] = "none"
+    attention: Literal["auto", "te", "flash4"] = "auto"
     optimizer: Optimizer
     schedule: Schedule = Schedule()
     layout: Layout = Layout()

@@ -15,6 +15,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer
 
+from tanren.engine.flash4 import Flash4
 from tanren.engine.kernels import split_and_rotate, swiglu
 
 
@@ -106,11 +107,16 @@ def join_activations(model: torch.nn.Module) -> None:
             module.activation_func.stand_between(module.linear_fc1, module.linear_fc2)
 
 
-def layer_spec() -> ModuleSpec:
+def layer_spec(*, flash4: bool = False) -> ModuleSpec:
     """The layer that GPTModel builds on a GPU; the configuration has `use_te_activation_func`, by
     which megatron-core takes the activation from here.
+
+    Args:
+        flash4: whether attention is FlashAttention 4's instead of Transformer Engine's.
     """
     spec = get_gpt_layer_with_transformer_engine_spec()
     spec.submodules.self_attention.module = RotaryAttention
+    if flash4:
+        spec.submodules.self_attention.submodules.core_attention = Flash4
     spec.submodules.mlp.submodules.activation_func = SwiGLU
     return spec

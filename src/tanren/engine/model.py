@@ -85,12 +85,12 @@ def transformer_config(
     )
 
 
-def _layers(config: TransformerConfig) -> Any:
+def _layers(config: TransformerConfig, *, flash4: bool) -> Any:
     """Transformer Engine's layers on a GPU, megatron-core's own on a CPU."""
     if torch.cuda.is_available():
         from tanren.engine.layers import layer_spec
 
-        return layer_spec()
+        return layer_spec(flash4=flash4)
     from tanren.engine import cpu
 
     return cpu.block_spec(config)
@@ -116,17 +116,20 @@ class Llama(GPTModel):
 
     Args:
         z_loss: what log²Z of each token is weighed with; 0 leaves it out.
+        flash4: whether attention is FlashAttention 4's, on a GPU.
     """
 
     # Set by lora.add_adapters; then they alone are trained and saved.
     lora: Lora | None = None
 
-    def __init__(self, shape: Model, config: TransformerConfig, z_loss: float = 0.0) -> None:
+    def __init__(
+        self, shape: Model, config: TransformerConfig, z_loss: float = 0.0, *, flash4: bool = False
+    ) -> None:
         if config.gradient_accumulation_fusion:
             fuse_without_apex()
         super().__init__(
             config=config,
-            transformer_layer_spec=_layers(config),
+            transformer_layer_spec=_layers(config, flash4=flash4),
             vocab_size=shape.padded_vocabulary,
             max_sequence_length=shape.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(),
@@ -228,9 +231,11 @@ class Llama(GPTModel):
         return self.output_layer(hidden, weight, labels=labels, loss_weights=loss_mask)
 
 
-def build(shape: Model, config: TransformerConfig, z_loss: float = 0.0) -> Llama:
-    """This rank's part of the model, on its device."""
-    model = Llama(shape, config, z_loss)
+def build(
+    shape: Model, config: TransformerConfig, z_loss: float = 0.0, *, flash4: bool = False
+) -> Llama:
+    """This rank's part of the model, on its device; see `Llama`."""
+    model = Llama(shape, config, z_loss, flash4=flash4)
     return model.cuda()
 
 

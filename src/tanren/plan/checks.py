@@ -75,12 +75,29 @@ def check_layout(recipe: Training, model: Model, device: str, place: str) -> Non
                 f"{recipe.fp8} needs a GPU, and this machine has none",
                 "--set fp8=none",
             )
+        if recipe.attention == "flash4":
+            raise RequestError(
+                f"{place}: attention",
+                "flash4 needs a GPU, and this machine has none",
+                "--set attention=auto",
+            )
         if layout.context > 1:
             raise RequestError(
                 f"{place}: layout.context",
                 f"{layout.context} needs Transformer Engine on GPUs, and this machine has none",
                 "--set layout.context=1",
             )
+    if recipe.attention == "flash4" and layout.context > 1:
+        raise RequestError(
+            f"{place}: attention",
+            f"flash4 knows no context parallelism (layout.context {layout.context})",
+            "--set attention=auto takes Transformer Engine's",
+        )
+    if recipe.attention == "flash4" and recipe.precision == "fp32":
+        raise RequestError(
+            f"{place}: attention", "flash4 goes with precision bf16, not fp32",
+            "--set attention=auto",
+        )  # fmt: skip
     if recipe.fp8 != "none" and recipe.precision == "fp32":
         raise RequestError(
             f"{place}: fp8", f"{recipe.fp8} goes with precision bf16, not fp32", "--set fp8=none"

@@ -38,6 +38,12 @@ def check_nemo(request: Request, recipe: Tuning, base: Start) -> None:
             f"--set fp8=none, or {_MEGATRON}",
         ),
         (
+            "attention",
+            recipe.attention == "flash4",
+            f"{recipe.attention} is offered by engine: megatron alone",
+            f"--set attention=auto, or {_MEGATRON}",
+        ),
+        (
             f"layout.{cuts[0] if cuts else ''}",
             bool(cuts),
             "engine: nemo spreads a model over data-parallel GPUs alone, their optimizer shared",

@@ -18,7 +18,9 @@ from tanren.plan.plan import Launch, Product, Request, own_image, product_of
 GIVEN = "given"
 GIVE_BASE = 'SET="init=hf:/FOLDER" or SET="init=checkpoint:/FOLDER/iter_0000500"'
 # Settings of a run that may change on the way: how it lies over the processes, what it keeps.
-FREE = ("layout", "micro_batch", "main_gradients", "checkpoints", "evaluation", "steps")
+FREE = (
+    "layout", "micro_batch", "main_gradients", "attention", "checkpoints", "evaluation", "steps",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

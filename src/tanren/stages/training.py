@@ -19,7 +19,7 @@ from tanren.config.errors import RequestError
 from tanren.config.training import Lora, Tuning
 from tanren.convert import hf, mcore, unpickle
 from tanren.convert import lora as adapters_of
-from tanren.engine import distributed, loop, lora, timing
+from tanren.engine import distributed, flash4, loop, lora, timing
 from tanren.engine import model as models
 from tanren.engine.checkpoint import TrainingState, load, load_base
 from tanren.engine.log import Metrics
@@ -79,7 +79,12 @@ def make_state(plan: TrainingPlan, steps: int, z_loss: float = 0.0) -> TrainingS
         precision=plan.precision,
         fp8=recipe.fp8,
     )
-    llama = models.build(plan.model, config, z_loss)
+    takes_flash4 = flash4.wanted(
+        recipe.attention, plan.precision, plan.model.head_width, recipe.layout.context
+    )
+    if takes_flash4:
+        logger.info("attention by %s %s", flash4.PACKAGE, flash4.VERSION)
+    llama = models.build(plan.model, config, z_loss, flash4=takes_flash4)
     settings = _lora(plan)
     if settings is not None:
         lora.add_adapters(llama, settings, seed=recipe.seed)

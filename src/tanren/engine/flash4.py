@@ -1,0 +1,139 @@
+"""FlashAttention 4 as the attention of GPU runs, where the package flash-attn-4 is installed.
+
+It computes what Transformer Engine's does by cuDNN (causal, grouped heads, bf16, rows or packed
+segments), faster on Hopper (docs/performance.md). It is a beta whose kernels are compiled at their
+first call, some ten seconds; so it is no part of the images, and a run takes it only in the version
+that was tested.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from torch.autograd.function import once_differentiable
+
+from tanren.config.errors import RequestError
+
+PACKAGE, VERSION = "flash-attn-4", "4.0.0b36"
+# Hopper; others have other kernels, which were not tried.
+CAPABILITY = (9, 0)
+# Widths of a head that it was tried with.
+HEADS = (64, 128)
+
+
+def wanted(attention: str, precision: str, head_width: int, context: int) -> bool:
+    """Whether a run takes it.
+
+    Args:
+        attention: `auto`, `te` or `flash4`, as the recipe says.
+        precision: `bf16` or `fp32`.
+        context: the context-parallel size.
+    Raises:
+        RequestError: the recipe wants it, and it cannot be had here.
+    """
+    if attention == "te" or not torch.cuda.is_available():
+        return False
+    why = _obstacle(precision, head_width, context)
+    if why is not None and attention == "flash4":
+        raise RequestError("attention", f"flash4 is not to be had: {why}", "--set attention=auto")
+    return why is None
+
+
+def _obstacle(precision: str, head_width: int, context: int) -> str | None:
+    """Why it cannot be taken; None where it can."""
+    try:
+        found = metadata.version(PACKAGE)
+    except metadata.PackageNotFoundError:
+        return f"{PACKAGE} is not installed (this was tested with {VERSION})"
+    if found != VERSION:
+        return f"{PACKAGE} {found} is installed, and {VERSION} was tested"
+    if torch.cuda.get_device_capability() != CAPABILITY:
+        return f"it was tried on Hopper, and this is {torch.cuda.get_device_name()}"
+    if head_width not in HEADS:
+        return f"it was tried with heads of {HEADS}, not of {head_width}"
+    if precision != "bf16":
+        return f"it computes in bf16, and the run is in {precision}"
+    if context > 1:
+        return "with context parallelism Transformer Engine's is taken"
+    return None
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        segments: dict[str, Any],
+    ) -> torch.Tensor:  # fmt: skip
+        """See `Flash4.forward`."""
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        # In the order of what comes after it, so that nothing is copied.
+        result = torch.empty_like(query)
+        q, k, v, out = (_rows(one) for one in (query, key, value, result))
+        _, logs, *_ = _flash_attn_fwd(q, k, v, causal=True, return_lse=True, out=out, **segments)
+        ctx.save_for_backward(query, key, value, result, logs)
+        ctx.segments = segments
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        from flash_attn.cute.interface import _flash_attn_bwd
+
+        query, key, value, result, logs = ctx.saved_tensors
+        gradients = tuple(torch.empty_like(one) for one in (query, key, value))
+        dq, dk, dv = (_rows(one) for one in gradients)
+        q, k, v, out, d_out = (_rows(one) for one in (query, key, value, result, gradient))
+        _flash_attn_bwd(q, k, v, out, d_out, logs, causal=True, dq=dq, dk=dk, dv=dv, **ctx.segments)
+        return *gradients, None
+
+
+def _rows(heads: torch.Tensor) -> torch.Tensor:
+    """[sequence, batch, heads, width] with the batch first, as a view; packed ones as they are."""
+    return heads.transpose(0, 1) if heads.dim() == 4 else heads
+
+
+class Flash4(MegatronModule):
+    """What megatron-core's attention calls between its projections."""
+
+    def __init__(self, config: TransformerConfig, *_: Any, **__: Any) -> None:
+        """Of what megatron-core offers nothing else is needed: no dropout, no bias, one scale."""
+        super().__init__(config)
+        assert config.softmax_scale is None and not config.attention_dropout
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Causal attention.
+
+        Args:
+            query: [sequence, batch, heads, width]; packed [tokens, heads, width].
+            key: with groups instead of heads; the value as well.
+            attention_mask: not looked at: it is causal within a row or a segment.
+            packed_seq_params: the segments, where they are packed.
+        Returns:
+            [sequence, batch, heads x width]; packed [tokens, heads x width].
+        """
+        segments: dict[str, Any] = {}
+        if packed_seq_params is not None:
+            segments = {
+                "cu_seqlens_q": packed_seq_params.cu_seqlens_q,
+                "cu_seqlens_k": packed_seq_params.cu_seqlens_kv,
+                "max_seqlen_q": packed_seq_params.max_seqlen_q,
+                "max_seqlen_k": packed_seq_params.max_seqlen_kv,
+            }
+        found: torch.Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
+            query.contiguous(), key.contiguous(), value.contiguous(), segments
+        )
+        return found.flatten(-2)
