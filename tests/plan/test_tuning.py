@@ -269,6 +269,12 @@ ADAPTED = product("sft", start="checkpoint:/b", lora={"rank": 4}, template="llmj
         ("sft", ["lora={rank: 4}"], {}, "sft.yaml: lora: adapters are trained by engine: megatron"),
         ("dpo", [], {"made": {"sft": ADAPTED}}, "dpo.yaml: init: stage:sft was tuned by LoRA"),
         ("sft", ["precision=bf16", "fp8=delayed"], GPU, "sft.yaml: fp8: delayed is offered by"),
+        (
+            "sft",
+            ["precision=bf16", "attention=flash4"],
+            GPU,
+            "sft.yaml: attention: flash4 is offer",
+        ),
         ("sft", ["layout.tensor=2", "layout.data=null"], GPU, "layout.tensor: engine: nemo spread"),
         ("sft", ["layout.pipeline=2", "layout.data=null"], GPU, "layout.pipeline: engine: nemo"),
         ("sft", ["precision=bf16", "optimizer.moments=bf16"], {}, "optimizer.moments: bf16 is off"),

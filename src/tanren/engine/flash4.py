@@ -2,8 +2,9 @@
 
 It computes what Transformer Engine's does by cuDNN (causal, grouped heads, bf16, rows or packed
 segments), faster on Hopper (docs/performance.md). It is a beta whose kernels are compiled at their
-first call, some ten seconds; so it is no part of the images, and a run takes it only in the version
-that was tested.
+first call, some ten seconds, and what is called here is not its public part, which copies results
+to another order; so a run takes it only in the version that was tried. To be dropped when
+Transformer Engine offers it: megatron-core 0.16.1 wants one before 2.12.
 """
 
 from __future__ import annotations

@@ -140,6 +140,10 @@ class Llama(GPTModel):
             rotary_base=shape.rotary_base,
         )
         self.shape, self.z_loss = shape, z_loss
+        # By whose kernels, in words.
+        self.attention = "megatron-core"
+        if torch.cuda.is_available():
+            self.attention = "flash-attn-4" if flash4 else "Transformer Engine"
         if torch.cuda.is_available():
             from tanren.engine.layers import join_activations
 

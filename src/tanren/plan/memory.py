@@ -101,6 +101,10 @@ def _stage(
         # They are turned into their gradient in place, some tokens at a time; dpo keeps them all.
         at_once = tokens if isinstance(recipe, Dpo) else min(tokens, HEAD_TOKENS)
         logits = at_once * model.padded_vocabulary / layout.tensor * width
+        if recipe.fp8 != "none" and not isinstance(recipe, Dpo):
+            # Their gradient in FP8, as it stands and transposed; and the head's weight, transposed.
+            logits *= 2
+            weights += table
     return Memory(
         weights=weights / GIB,
         gradients=trained * gradient / GIB,

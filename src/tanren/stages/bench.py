@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.utils import unwrap_model
 
 from tanren import runs
+from tanren.config.training import Dpo
 from tanren.engine import loop, timing
 from tanren.engine.checkpoint import TrainingState
 from tanren.engine.profile import Rates, StepTracer, measure_rates
@@ -57,6 +59,7 @@ class Measuring:
     ) -> None:  # fmt: skip
         self.plan, self.bench, self.feed, self.rates = plan, bench, feed, rates
         self.device = device
+        self.attention = unwrap_model(state.model).attention
         self._tracer = StepTracer(bench.steps, state.model, device)
 
     def around(self, step: int) -> AbstractContextManager[None]:
@@ -91,6 +94,7 @@ class Measuring:
             "data": "real" if bench.real else "random",
             "device": name, "gpus": world if self.device.type == "cuda" else 0,
             "processes": world, "precision": plan.precision, "fp8": recipe.fp8,
+            "attention": self.attention,
             "layout": layout.model_dump(mode="json") | {"data": plan.batch.data_parallel},
             "sequence_length": recipe.sequence_length, "micro_batch": plan.batch.micro_batch,
             "global_batch": recipe.global_batch,
@@ -125,9 +129,12 @@ class Measuring:
         )  # fmt: skip
         gemm = parts.nanoseconds["gemm"] + parts.nanoseconds["gemm_fp8"]
         head = parts.nanoseconds["head"]
-        layer_rate = (rates.fp8_tflops or rates.gemm_tflops) if (
-            plan.recipe.fp8 != "none"
-        ) else rates.gemm_tflops  # fmt: skip
+        layer_rate = head_rate = rates.gemm_tflops
+        if plan.recipe.fp8 != "none" and rates.fp8_tflops:
+            layer_rate = rates.fp8_tflops
+            if not isinstance(plan.recipe, Dpo):
+                # Of the head's three products two are of FP8.
+                head_rate = 3 / (1 / rates.gemm_tflops + 2 / rates.fp8_tflops)
         multiplied = least["layer_flop"] + least["head_flop"]
         return {
             "step_milliseconds": parts.step / 1e6,
@@ -144,7 +151,7 @@ class Measuring:
             "least": least,
             "floor_milliseconds": {
                 "gemm": 1e-9 * (
-                    least["layer_flop"] / layer_rate + least["head_flop"] / rates.gemm_tflops
+                    least["layer_flop"] / layer_rate + least["head_flop"] / head_rate
                 ),
                 "attention": 1e-9 * least["attention_flop"] / rates.gemm_tflops,
                 "elementwise": 1e-6 * least["elementwise_bytes"] / rates.copy_gb_per_second,
