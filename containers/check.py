@@ -15,7 +15,7 @@ IMPORTS = {
     "cpu": ("torch", "megatron.core", "megatron.core.datasets.helpers_cpp", "transformers"),
     "train": (
         "torch", "transformer_engine.pytorch", "megatron.core",
-        "megatron.core.datasets.helpers_cpp", "transformers",
+        "megatron.core.datasets.helpers_cpp", "transformers", "flash_attn.cute.interface",
     ),
     "te19": (
         "torch", "transformer_engine.pytorch", "megatron.core",
@@ -32,8 +32,8 @@ def main() -> None:
     image, repository = sys.argv[1], Path(sys.argv[2])
     for name in IMPORTS[image]:
         importlib.import_module(name)
-    shown = ("torch", "transformer-engine", "megatron-core", "transformers", "nemo-toolkit",
-             "mergekit", "numpy")  # fmt: skip
+    shown = ("torch", "transformer-engine", "megatron-core", "flash-attn-4", "transformers",
+             "nemo-toolkit", "mergekit", "numpy")  # fmt: skip
     there = {p.metadata["Name"].lower().replace("_", "-"): p.version
              for p in metadata.distributions()}  # fmt: skip
     print(f"check {image}: Python {sys.version.split()[0]}, "

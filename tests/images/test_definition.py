@@ -125,6 +125,9 @@ def test_a_lock_has_the_stated_versions_and_hashes_and_keeps_the_base(image: Ima
     assert len(entries) == len(locked) > 20
     for entry in entries:
         assert "--hash=sha256:" in entry, entry
+    # Or %post finds that their requirements are not met.
+    given = "--without {{ WITHOUT }}" in (REPOSITORY / image.definition).read_text()
+    assert given == bool(versions.left_out)
     if not image.debian:
         assert {"torch", "transformer-engine", "flash-attn"} <= set(versions.kept)
 
