@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tanren.engine.embedding import _Lookup
+from tanren.engine.embedding import _Lookup, rows_of
 
 PIECES, HIDDEN = 23, 8
 
@@ -34,3 +34,15 @@ def test_rows_join_what_is_there_and_pieces_may_come_often(dtype: torch.dtype) -
         expected = expected + exact.grad
     torch.testing.assert_close(weight.main_grad.double(), expected, rtol=1e-6, atol=1e-5)
     assert torch.equal(weight.main_grad[-3:], before[-3:])
+
+
+def test_a_rank_takes_its_own_rows_and_spreads_the_others_tokens() -> None:
+    """Of ranks with six rows each."""
+    tokens = torch.tensor([[0, 5, 6, 11], [12, 6, 17, 7]])
+    for rank in range(3):
+        rows, elsewhere = rows_of(tokens, 6 * rank, 6)
+        mine = tokens // 6 == rank
+        assert torch.equal(elsewhere, ~mine)
+        assert torch.equal(rows[mine], tokens[mine] % 6)
+        assert rows.min() >= 0 and rows.max() < 6
+        assert len(rows[elsewhere].unique()) >= 3

@@ -31,11 +31,37 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (rows,) = ctx.saved_tensors
         total = ctx.weight.main_grad
-        # Sorted by piece, and so in one order; index_add_ adds as its threads come.
+        # On a GPU sorted by piece, and so in one order; index_add_ adds as its threads come.
         total.index_put_(
             (rows.flatten(),), gradient.flatten(0, -2).to(total.dtype), accumulate=True
         )
         return already_in_main_grad(ctx.weight), None
+
+
+def _joins(weight: Any) -> bool:
+    """Whether a weight's gradient is one that `_Lookup` adds up.
+
+    A frozen weight has none. A tied one gets another by the head, and megatron-core adds both. In
+    bf16 main gradients the rows of a frequent piece would be lost in their sum one by one. On a CPU
+    index_put_ adds in no fixed order.
+    """
+    main_grad = getattr(weight, "main_grad", None)
+    tied = getattr(weight, "zero_out_wgrad", False)
+    in_fp32 = main_grad is not None and main_grad.dtype == torch.float32
+    return bool(weight.is_cuda and in_fp32 and not tied)
+
+
+def rows_of(tokens: torch.Tensor, first: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a rank that holds some rows of the vocabulary, which one each token takes.
+
+    Returns:
+        the rows; and where a token is another rank's, and takes any. Those are spread over all
+        rows, since gradients that meet in one row wait for one another.
+    """
+    mine = tokens - first
+    elsewhere = (mine < 0) | (mine >= rows)
+    spread = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens) % rows
+    return torch.where(elsewhere, spread, mine), elsewhere
 
 
 class Embedding(VocabParallelEmbedding):
@@ -55,17 +81,13 @@ class Embedding(VocabParallelEmbedding):
         """Tokens [batch, sequence]; as megatron-core: [batch, sequence, hidden], or with sequence
         parallelism this rank's [sequence, batch, hidden].
         """
-        main_grad = getattr(self.weight, "main_grad", None)
-        # A tied weight has a second gradient, which autograd adds to this one; and a frozen one
-        # none. In bf16 main gradients a frequent piece's would lose its small parts one by one.
-        tied = getattr(self.weight, "zero_out_wgrad", False)
-        if main_grad is None or main_grad.dtype != torch.float32 or tied:
+        if not _joins(self.weight):
             return super().forward(tokens)
-        rows = tokens - self.vocab_start_index
-        elsewhere = None
+        rows, elsewhere = tokens, None
         if self.tp_group.size() > 1:
-            elsewhere = (rows < 0) | (rows >= self.num_embeddings_per_partition)
-            rows = rows.masked_fill(elsewhere, 0)
+            rows, elsewhere = rows_of(
+                tokens, self.vocab_start_index, self.num_embeddings_per_partition
+            )
         found: torch.Tensor = _Lookup.apply(  # type: ignore[no-untyped-call]
             self.weight, rows
         )
