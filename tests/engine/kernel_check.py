@@ -58,6 +58,7 @@ def check_fp8(device: str, part: tuple[int, int, int]) -> None:
     mine = head.Vocabulary(first, real, None)  # type: ignore[arg-type]
     highest, log_sum = torch.full((TOKENS,), 12.0), torch.rand(TOKENS)
     d_softmax, d_label = torch.rand(TOKENS), torch.rand(TOKENS)
+    d_softmax[1], d_softmax[2] = -0.5, 0.0
     vectors = (highest, log_sum, d_softmax, d_label)
     by_token = torch.full((TOKENS, width), torch.nan, device=device).to(torch.float8_e5m2)
     by_column = torch.full((width, TOKENS), torch.nan, device=device).to(torch.float8_e5m2)

@@ -2,7 +2,8 @@
 
 With 196,608 pieces the logits of 8,192 tokens are 3 GiB, and all that is done to them beside the
 matrix products waits for memory. So they are read once for their softmax, and once more when they
-are overwritten with their gradient: by Triton on a GPU, by torch on a CPU.
+are overwritten with their gradient: by Triton on a GPU, by torch on a CPU. (In FP8 runs on Hopper
+it is written beside them: head_fp8.py.)
 
 Where it is known beforehand what each token's loss counts in the sum that is differentiated, the
 gradients are made together with the losses, some tokens at a time, and the logits of all of them
@@ -417,7 +418,8 @@ class Head(ColumnParallelLinear):
         layer.__class__ = cls
         layer.vocabulary_size, layer.z_loss = vocabulary_size, z_loss
         layer.is_first_microbatch, layer._fp8 = True, None
-        if layer.config.fp8 is not None:
+        # What is kept for these products is what Hopper's read.
+        if layer.config.fp8 is not None and torch.cuda.get_device_capability() == (9, 0):
             from tanren.engine import head_fp8
 
             layer._fp8 = head_fp8.Weight()
@@ -453,7 +455,8 @@ class Head(ColumnParallelLinear):
         if known or not torch.is_grad_enabled():
             cast = None
             if self._fp8 is not None and torch.is_grad_enabled():
-                cast = self._fp8.cast(weight, changed=self.is_first_microbatch)
+                changed = self.is_first_microbatch and weight.requires_grad
+                cast = self._fp8.cast(weight, changed=changed)
                 self.is_first_microbatch = False
             return losses_by_chunks(
                 hidden, weight, labels, mine, self.z_loss,

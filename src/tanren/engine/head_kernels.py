@@ -1,7 +1,9 @@
-"""Two passes over the logits on a GPU, in Triton: what their softmax needs, and their gradient.
+"""Passes over the logits on a GPU, in Triton: what their softmax needs, and their gradient.
 
-Both wait for memory alone: one read, then one read and one write. Import it on a GPU only; Triton
-comes with torch there. The same passes in torch, with what they mean, are in tanren.engine.head.
+All wait for memory alone: one read, then one read and one write. For products of FP8 the gradient
+is written in two orders instead of over the logits, and what it is multiplied with is transposed.
+Import it on a GPU only; Triton comes with torch there. The first two passes in torch, with what
+they mean, are in tanren.engine.head.
 """
 
 from __future__ import annotations
@@ -82,10 +84,12 @@ def _fp8_gradient_kernel(  # type: ignore[no-untyped-def]
     by = tl.load(scale)
     log_z = tl.load(highest + token, known, other=0.0) + tl.load(log_sum + token, known, other=0.0)
     weight = by * tl.load(d_softmax + token, known, other=0.0)
-    less = 1.4426950408889634 * log_z - tl.log2(weight)
+    # With a z-loss a probability may count less than nothing.
+    sign = tl.where(weight < 0, -1.0, 1.0)
+    less = 1.4426950408889634 * log_z - tl.log2(tl.abs(weight))
     of_label = by * tl.load(d_label + token, known, other=0.0)
     label = (tl.load(labels + token, known, other=0) - first).to(tl.int32)
-    gradient = tl.exp2(x.to(tl.float32) * 1.4426950408889634 - less[:, None])
+    gradient = sign[:, None] * tl.exp2(x.to(tl.float32) * 1.4426950408889634 - less[:, None])
     gradient = tl.where(at[None, :] == label[:, None], gradient - of_label[:, None], gradient)
     gradient = tl.where((at < columns)[None, :], gradient, 0.0)
     cast = gradient.to(by_token.dtype.element_ty)
@@ -101,6 +105,7 @@ def _fp8_gradient_kernel(  # type: ignore[no-untyped-def]
 def _fp8_transpose_kernel(  # type: ignore[no-untyped-def]
     matrix, scale, result, height, width, rows: tl.constexpr, block: tl.constexpr
 ):
+    """A tile a program."""
     program, blocks = tl.program_id(0), tl.cdiv(width, block)
     row = ((program // blocks) * rows + tl.arange(0, rows)).to(tl.int64)
     column = (program % blocks) * block + tl.arange(0, block)
@@ -206,7 +211,10 @@ def to_fp8_transposed(
     tile: tuple[int, int] = TILE,
     warps: int = TILE_WARPS,
 ) -> None:
-    """Write a matrix [height, width], times `scale` [1] in fp32, to `result` [width, height]."""
+    """Write a matrix [height, width], times `scale` [1] in fp32, to `result` [width, height].
+
+    What is larger than the result's type holds becomes its largest value.
+    """
     height, width = matrix.shape
     assert matrix.is_contiguous() and result.is_contiguous()
     assert result.shape == (width, height)
