@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.utils import unwrap_model
 
 from tanren import runs
 from tanren.config.errors import WorkError
 from tanren.config.training import Preference
 from tanren.data.blend import Batch
 from tanren.data.rows import Items, Pairs
-from tanren.engine import loop, preference
+from tanren.engine import flash4, loop, preference
 from tanren.engine.checkpoint import TrainingState
 from tanren.engine.fingerprint import fingerprint
 from tanren.engine.packed import packed_forward
@@ -94,11 +95,11 @@ def _reference(session: Session, data: Data, state: TrainingState) -> LogProbs |
     reference = None
     if begun and "base" in said:
         # It knows the weights that it began from, and what was computed with them.
-        reference = Reference(_kept(data, said["base"]), ranks.device)
+        reference = Reference(_kept(data, said["base"], state), ranks.device)
     if reference is None or len(reference.missing(used)):
         training.load_start(plan, state)
         base = fingerprint(state.model)
-        reference = Reference(_kept(data, base), ranks.device)
+        reference = Reference(_kept(data, base, state), ranks.device)
         whole = reference.fill(
             state, used,
             lambda a_step, pairs: _laid_out(data, a_step, pairs, ranks.device), session.stop,
@@ -122,15 +123,18 @@ def _laid_out(data: Data, a_step: int, pairs: Any, device: torch.device) -> tupl
     return rows, data.feed(rows, device)
 
 
-def _kept(data: Data, base: str) -> list[Kept]:
+def _kept(data: Data, base: str, state: TrainingState) -> list[Kept]:
     """Where the log-probabilities of each set are, by what they depend on."""
     plan = data.plan
     cut = plan.recipe.sequence_length if plan.recipe.too_long == "truncate" else None
+    # A policy is compared with what its own engine's and attention's kernels made of the reference.
+    by = ["nemo"] if by_nemo(plan.recipe) else []
+    if not by and unwrap_model(state.model).attention == flash4.PACKAGE:
+        by = [flash4.PACKAGE]
     found = []
     for one in data.examples.choice.sets:
         known_by = [one.folder.name, base, plan.precision, plan.recipe.fp8, cut]
-        # Each engine's policy is compared with what its own kernels made of the reference.
-        key = digest([*known_by, "nemo"] if by_nemo(plan.recipe) else known_by)
+        key = digest([*known_by, *by])
         found.append(Kept(Path(plan.cache) / "reference" / f"{key}.npy", len(one.lengths)))
     return found
 
