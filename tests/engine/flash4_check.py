@@ -8,14 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.transformer import TransformerConfig
 from transformer_engine.pytorch import DotProductAttention
 
 from tanren.engine import flash4
 from tanren.engine.packed import sequence_params
 
 HEADS, GROUPS = 8, 2
-# Lengths of packed segments; the last ones are empty, as where a micro batch has fewer.
+# Lengths of packed segments, some of them of a whole tile, a token, or nothing.
 SEGMENTS = (700, 1, 37, 128, 129, 1000, 53, 0, 0)
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -25,8 +24,8 @@ def drawn(width: int, *around: int) -> tuple[Heads, torch.Tensor]:
     torch.manual_seed(width)
 
     def one(heads: int) -> torch.Tensor:
-        drawn = torch.randn(*around, heads, width, device="cuda")
-        return drawn.bfloat16().requires_grad_()
+        wide = torch.randn(*around, heads, width, device="cuda")
+        return wide.bfloat16().requires_grad_()
 
     upstream = torch.randn(*around, HEADS * width, device="cuda").bfloat16()
     return (one(HEADS), one(GROUPS), one(GROUPS)), upstream
@@ -72,18 +71,11 @@ def in_fp64(heads: Heads, upstream: torch.Tensor, ends: list[int], rows: bool) -
 
 def check(width: int, packed: bool) -> None:
     """Rows of two samples, or packed segments."""
-    module = flash4.Flash4(
-        TransformerConfig(
-            num_layers=1, hidden_size=HEADS * width, num_attention_heads=HEADS,
-            num_query_groups=GROUPS, attention_dropout=0.0,
-        )
-    )  # fmt: skip
     if packed:
         ends = torch.tensor(SEGMENTS).cumsum(0).tolist()
         heads, upstream = drawn(width, ends[-1])
         cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32, device="cuda")
-        params = sequence_params(cu_seqlens, max(SEGMENTS))
-        options: dict[str, Any] = {"packed_seq_params": params}
+        segments = sequence_params(cu_seqlens, max(SEGMENTS))
         theirs = {
             "qkv_format": "thd", "attn_mask_type": "padding_causal",
             "cu_seqlens_q": cu_seqlens, "cu_seqlens_kv": cu_seqlens,
@@ -92,10 +84,10 @@ def check(width: int, packed: bool) -> None:
     else:
         ends = [1024, 2048]
         heads, upstream = drawn(width, 1024, 2)
-        options, theirs = {}, {"qkv_format": "sbhd", "attn_mask_type": "causal"}
+        segments, theirs = None, {"qkv_format": "sbhd", "attn_mask_type": "causal"}
     true = in_fp64(heads, upstream, ends, rows=not packed)
     te = DotProductAttention(HEADS, width, num_gqa_groups=GROUPS, attention_dropout=0.0)
-    ours = errors(module(*heads, **options), heads, upstream, true)
+    ours = errors(flash4.attend(*heads, segments), heads, upstream, true)
     by_te = errors(te(*heads, **theirs), heads, upstream, true)
     kind = "packed" if packed else "rows"
     print(

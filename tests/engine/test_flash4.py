@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from importlib import metadata
+from typing import Any
 
 import pytest
 import torch
 
 from tanren.config.errors import RequestError
+from tanren.config.load import read_model
+from tanren.config.model import Model
 from tanren.engine import flash4
+from tanren.engine.packed import sequence_params
 from tanren.images.definition import IMAGES, read_versions
 from tests.conftest import REPOSITORY
 
@@ -29,50 +34,84 @@ def installed(
         return version
 
     monkeypatch.setattr(metadata, "version", found)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
 
 
+EIGHT = read_model("llmjp4-8b")
+NARROW = EIGHT.model_copy(update={"head_size": 96})
+UNGROUPED = EIGHT.model_copy(update={"kv_groups": EIGHT.attention_heads})
+
+
 def test_it_is_taken_where_it_is_installed_and_fits(monkeypatch: Patch) -> None:
     installed(monkeypatch, flash4.VERSION)
-    assert flash4.wanted("auto", "bf16", 128, 1)
-    assert flash4.wanted("flash4", "bf16", 64, 1)
-    assert not flash4.wanted("te", "bf16", 128, 1)
+    assert flash4.wanted("auto", "bf16", EIGHT, 1)
+    assert flash4.wanted("flash4", "bf16", EIGHT.model_copy(update={"head_size": 64}), 1)
+    assert not flash4.wanted("te", "bf16", EIGHT, 1)
 
 
 @pytest.mark.parametrize(
-    ("version", "capability", "precision", "width", "context", "why"),
+    ("version", "capability", "precision", "shape", "context", "why"),
     [
-        (None, (9, 0), "bf16", 128, 1, "flash-attn-4 is not installed"),
-        ("4.0.0", (9, 0), "bf16", 128, 1, "flash-attn-4 4.0.0 is installed, and 4.0.0b36"),
-        (flash4.VERSION, (8, 0), "bf16", 128, 1, "it was tried on Hopper, and this is a GPU"),
-        (flash4.VERSION, (9, 0), "bf16", 96, 1, "heads of (64, 128), not of 96"),
-        (flash4.VERSION, (9, 0), "fp32", 128, 1, "it computes in bf16, and the run is in fp32"),
-        (flash4.VERSION, (9, 0), "bf16", 128, 2, "with context parallelism"),
+        (None, (9, 0), "bf16", EIGHT, 1, "flash-attn-4 is not installed"),
+        ("4.0.0", (9, 0), "bf16", EIGHT, 1, "flash-attn-4 4.0.0 is installed, and 4.0.0b36"),
+        (flash4.VERSION, (8, 0), "bf16", EIGHT, 1, "it was tried on Hopper, and this is a GPU"),
+        (flash4.VERSION, (9, 0), "bf16", NARROW, 1, "heads of (64, 128), not of 96"),
+        (flash4.VERSION, (9, 0), "bf16", UNGROUPED, 1, "with grouped heads alone"),
+        (flash4.VERSION, (9, 0), "fp32", EIGHT, 1, "it computes in bf16, and the run is in fp32"),
+        (flash4.VERSION, (9, 0), "bf16", EIGHT, 2, "with context parallelism"),
     ],
 )
 def test_auto_goes_without_it_and_flash4_says_why_not(
     monkeypatch: Patch, version: str | None, capability: tuple[int, int], precision: str,
-    width: int, context: int, why: str,
+    shape: Model, context: int, why: str,
 ) -> None:  # fmt: skip
     installed(monkeypatch, version, capability)
-    assert not flash4.wanted("auto", precision, width, context)
+    assert not flash4.wanted("auto", precision, shape, context)
     with pytest.raises(RequestError) as error:
-        flash4.wanted("flash4", precision, width, context)
+        flash4.wanted("flash4", precision, shape, context)
     assert why in str(error.value)
     assert "--set attention=auto" in str(error.value)
+
+
+@pytest.mark.parametrize("spec", [None, ImportError("libcuda")])
+def test_a_flash_attn_that_hides_it_is_named(monkeypatch: Patch, spec: Any) -> None:
+    """That of an image, beside a .venv's: the folder is one, and it is in another place."""
+    installed(monkeypatch, flash4.VERSION)
+
+    def find(_: str) -> Any:
+        if spec is not None:
+            raise spec
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    assert not flash4.wanted("auto", "bf16", EIGHT, 1)
+    with pytest.raises(RequestError, match="another flash_attn hides it"):
+        flash4.wanted("flash4", "bf16", EIGHT, 1)
+
+
+@pytest.mark.parametrize(
+    ("segments", "longest", "taken"),
+    [(256, 129, True), (257, 4096, False), (2, 128, False), (1, 4096, True)],
+)
+def test_packed_micro_batches_of_other_kernels_are_left_to_transformer_engine(
+    segments: int, longest: int, taken: bool
+) -> None:
+    borders = torch.zeros(segments + 1, dtype=torch.int32)
+    assert flash4.takes(sequence_params(borders, longest)) == taken
+    assert flash4.takes(None)
 
 
 def test_a_cpu_has_megatrons_own() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert not flash4.wanted("auto", "bf16", 128, 1)
+    assert not flash4.wanted("auto", "bf16", EIGHT, 1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_its_errors_are_transformer_engines_on_a_gpu() -> None:
-    if not flash4.wanted("auto", "bf16", 128, 1):
+    if not flash4.wanted("auto", "bf16", EIGHT, 1):
         pytest.skip("no flash-attn-4 for this GPU")
     done = subprocess.run(
         [sys.executable, "-m", "tests.engine.flash4_check"],

@@ -40,7 +40,7 @@ def test_a_rank_scales_the_gradients_that_its_optimizer_reads(dtype: torch.dtype
             intra_distributed_optimizer_instance_size=3,
             intra_distributed_optimizer_instance_rank=rank,
         )
-        mine: Any = SimpleNamespace(bucket_groups=[group])
+        mine: Any = SimpleNamespace(bucket_groups=[group], expert_parallel_bucket_groups=[])
         ShardedGradients.scale_gradients(mine, torch.tensor(2.0 ** (rank + 1)))
     expected = [0, 2, 4, 6, 16, 20, 24, 28, 64, 72, 80, 88], [0, 4, 16]
     assert [buffer.tolist() for buffer in buffers] == list(expected)

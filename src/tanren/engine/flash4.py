@@ -9,24 +9,27 @@ Transformer Engine offers it: megatron-core 0.16.1 wants one before 2.12.
 
 from __future__ import annotations
 
+import importlib.util
 from importlib import metadata
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch.autograd.function import once_differentiable
 
 from tanren.config.errors import RequestError
+from tanren.config.model import Model
 
 PACKAGE, VERSION = "flash-attn-4", "4.0.0b36"
 # Hopper; others have other kernels, which were not tried.
 CAPABILITY = (9, 0)
 # Widths of a head that it was tried with.
 HEADS = (64, 128)
+# Packed micro batches of more segments, or with none longer than a tile, take other kernels.
+MOST_SEGMENTS, TILE = 256, 128
 
 
-def wanted(attention: str, precision: str, head_width: int, context: int) -> bool:
+def wanted(attention: str, precision: str, shape: Model, context: int) -> bool:
     """Whether a run takes it.
 
     Args:
@@ -38,29 +41,49 @@ def wanted(attention: str, precision: str, head_width: int, context: int) -> boo
     """
     if attention == "te" or not torch.cuda.is_available():
         return False
-    why = _obstacle(precision, head_width, context)
+    why = _obstacle(precision, shape, context)
     if why is not None and attention == "flash4":
         raise RequestError("attention", f"flash4 is not to be had: {why}", "--set attention=auto")
     return why is None
 
 
-def _obstacle(precision: str, head_width: int, context: int) -> str | None:
+def _obstacle(precision: str, shape: Model, context: int) -> str | None:
     """Why it cannot be taken; None where it can."""
     try:
         found = metadata.version(PACKAGE)
     except metadata.PackageNotFoundError:
-        return f"{PACKAGE} is not installed (this was tested with {VERSION})"
+        return f"{PACKAGE} is not installed (this was tried with {VERSION})"
     if found != VERSION:
-        return f"{PACKAGE} {found} is installed, and {VERSION} was tested"
+        return f"{PACKAGE} {found} is installed, and {VERSION} was tried"
+    if not _importable():
+        return f"{PACKAGE} is installed, but another flash_attn hides it"
     if torch.cuda.get_device_capability() != CAPABILITY:
         return f"it was tried on Hopper, and this is {torch.cuda.get_device_name()}"
-    if head_width not in HEADS:
-        return f"it was tried with heads of {HEADS}, not of {head_width}"
+    if shape.head_width not in HEADS:
+        return f"it was tried with heads of {HEADS}, not of {shape.head_width}"
+    if shape.kv_groups == shape.attention_heads:
+        return "it was tried with grouped heads alone"
     if precision != "bf16":
         return f"it computes in bf16, and the run is in {precision}"
     if context > 1:
         return "with context parallelism Transformer Engine's is taken"
     return None
+
+
+def _importable() -> bool:
+    """Its modules lie in the folder of flash-attn 2, where that is installed too."""
+    try:
+        return importlib.util.find_spec("flash_attn.cute") is not None
+    except ImportError:
+        return False
+
+
+def takes(packed: PackedSeqParams | None) -> bool:
+    """Whether a micro batch is one that it was tried with."""
+    if packed is None:
+        return True
+    segments: int = packed.cu_seqlens_q.numel() - 1
+    return segments <= MOST_SEGMENTS and packed.max_seqlen_q > TILE
 
 
 class _Attention(torch.autograd.Function):
@@ -69,7 +92,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         segments: dict[str, Any],
     ) -> torch.Tensor:  # fmt: skip
-        """See `Flash4.forward`."""
+        """See `attend`."""
         from flash_attn.cute.interface import _flash_attn_fwd
 
         # In the order of what comes after it, so that nothing is copied.
@@ -98,43 +121,27 @@ def _rows(heads: torch.Tensor) -> torch.Tensor:
     return heads.transpose(0, 1) if heads.dim() == 4 else heads
 
 
-class Flash4(MegatronModule):
-    """What megatron-core's attention calls between its projections."""
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams | None
+) -> torch.Tensor:
+    """Causal attention within a row or a segment.
 
-    def __init__(self, config: TransformerConfig, *_: Any, **__: Any) -> None:
-        """Of what megatron-core offers nothing else is needed: no dropout, no bias, one scale."""
-        super().__init__(config)
-        assert config.softmax_scale is None and not config.attention_dropout
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        packed_seq_params: PackedSeqParams | None = None,
-        **_: Any,
-    ) -> torch.Tensor:
-        """Causal attention.
-
-        Args:
-            query: [sequence, batch, heads, width]; packed [tokens, heads, width].
-            key: with groups instead of heads; the value as well.
-            attention_mask: not looked at: it is causal within a row or a segment.
-            packed_seq_params: the segments, where they are packed.
-        Returns:
-            [sequence, batch, heads x width]; packed [tokens, heads x width].
-        """
-        segments: dict[str, Any] = {}
-        if packed_seq_params is not None:
-            segments = {
-                "cu_seqlens_q": packed_seq_params.cu_seqlens_q,
-                "cu_seqlens_k": packed_seq_params.cu_seqlens_kv,
-                "max_seqlen_q": packed_seq_params.max_seqlen_q,
-                "max_seqlen_k": packed_seq_params.max_seqlen_kv,
-            }
-        found: torch.Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
-            query.contiguous(), key.contiguous(), value.contiguous(), segments
-        )
-        return found.flatten(-2)
+    Args:
+        query: [sequence, batch, heads, width]; packed [tokens, heads, width].
+        key: with groups instead of heads; the value as well.
+        packed: the segments, where they are packed.
+    Returns:
+        [sequence, batch, heads x width]; packed [tokens, heads x width].
+    """
+    segments: dict[str, Any] = {}
+    if packed is not None:
+        segments = {
+            "cu_seqlens_q": packed.cu_seqlens_q,
+            "cu_seqlens_k": packed.cu_seqlens_kv,
+            "max_seqlen_q": packed.max_seqlen_q,
+            "max_seqlen_k": packed.max_seqlen_kv,
+        }
+    found: torch.Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
+        query.contiguous(), key.contiguous(), value.contiguous(), segments
+    )
+    return found.flatten(-2)

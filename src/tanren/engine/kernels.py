@@ -62,7 +62,7 @@ def _swiglu_gradient(  # type: ignore[no-untyped-def]
 
 
 # Where the largest absolute value of a tensor goes, [1] in fp32; asked when the tensor is made.
-Largest = Callable[[], torch.Tensor | None]
+Where = Callable[[], torch.Tensor | None]
 
 
 class _Measured:
@@ -83,7 +83,7 @@ class _Measured:
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gate_up: torch.Tensor, of_result: Largest, of_gradient: Largest
+        ctx: Any, gate_up: torch.Tensor, of_result: Where, of_gradient: Where
     ) -> torch.Tensor:
         width = gate_up.size(-1) // 2
         result = gate_up.new_empty(*gate_up.shape[:-1], width)
@@ -116,13 +116,13 @@ def _nowhere() -> None:
 
 
 def swiglu(
-    gate_up: torch.Tensor, of_result: Largest = _nowhere, of_gradient: Largest = _nowhere
+    gate_up: torch.Tensor, of_result: Where = _nowhere, of_gradient: Where = _nowhere
 ) -> torch.Tensor:
     """SiLU(gate) * up (Shazeer 2020), computed in fp32.
 
     Args:
         gate_up: [..., 2 x width], gate first; contiguous.
-        of_result: where the largest absolute value of the result goes, see `Largest`.
+        of_result: where the largest absolute value of the result goes, see `Where`.
         of_gradient: the same of the gradient of `gate_up`, when it is made.
     Returns:
         [..., width], in its dtype.

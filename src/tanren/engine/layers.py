@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 import transformer_engine_torch as tex
+from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer
 
-from tanren.engine.flash4 import Flash4
+from tanren.engine import flash4
 from tanren.engine.kernels import split_and_rotate, swiglu
 
 
@@ -60,16 +62,16 @@ def _turned(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 
 
 def _of_input(linear: Any) -> torch.Tensor | None:
-    return _largest(linear.quantizers["scaling_fwd"], tex.FP8FwdTensors.GEMM1_INPUT)
+    return _taken_from(linear.quantizers["scaling_fwd"], tex.FP8FwdTensors.GEMM1_INPUT)
 
 
 def _of_gradient(linear: Any) -> torch.Tensor | None:
-    return _largest(linear.quantizers["scaling_bwd"], tex.FP8BwdTensors.GRAD_OUTPUT1)
+    return _taken_from(linear.quantizers["scaling_bwd"], tex.FP8BwdTensors.GRAD_OUTPUT1)
 
 
-def _largest(quantizers: Any, which: int) -> torch.Tensor | None:
-    """Where a linear layer takes the largest absolute value of a tensor from when it casts that to
-    FP8; None where it does not want to be told.
+def _taken_from(quantizers: Any, which: int) -> torch.Tensor | None:
+    """Let a linear layer's quantizer take the largest absolute value of what it casts to FP8 from
+    where it is written, which is returned; None where there is none to tell.
 
     With scaling by the present tensor a cast reads it twice, at first for that value. What made the
     tensor has it for nothing. Before its first pass a layer has no quantizers, in bf16 never any.
@@ -80,6 +82,29 @@ def _largest(quantizers: Any, which: int) -> torch.Tensor | None:
     quantizer.use_existing_amax = True
     amax: torch.Tensor = quantizer.amax
     return amax
+
+
+class Flash4(TEDotProductAttention):
+    """FlashAttention 4 where it was tried, else Transformer Engine's."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *arguments: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """As in megatron-core; what is asked for here is always causal, without a bias."""
+        if flash4.takes(packed_seq_params):
+            return flash4.attend(query, key, value, packed_seq_params)
+        found: torch.Tensor = super().forward(
+            query, key, value, attention_mask, *arguments,
+            packed_seq_params=packed_seq_params, **options,
+        )  # fmt: skip
+        return found
 
 
 class SwiGLU(MegatronModule):
@@ -107,16 +132,16 @@ def join_activations(model: torch.nn.Module) -> None:
             module.activation_func.stand_between(module.linear_fc1, module.linear_fc2)
 
 
-def layer_spec(*, flash4: bool = False) -> ModuleSpec:
+def layer_spec(*, by_flash4: bool = False) -> ModuleSpec:
     """The layer that GPTModel builds on a GPU; the configuration has `use_te_activation_func`, by
     which megatron-core takes the activation from here.
 
     Args:
-        flash4: whether attention is FlashAttention 4's instead of Transformer Engine's.
+        by_flash4: whether attention is FlashAttention 4's instead of Transformer Engine's.
     """
     spec = get_gpt_layer_with_transformer_engine_spec()
     spec.submodules.self_attention.module = RotaryAttention
-    if flash4:
+    if by_flash4:
         spec.submodules.self_attention.submodules.core_attention = Flash4
     spec.submodules.mlp.submodules.activation_func = SwiGLU
     return spec

@@ -90,7 +90,7 @@ def _layers(config: TransformerConfig, *, flash4: bool) -> Any:
     if torch.cuda.is_available():
         from tanren.engine.layers import layer_spec
 
-        return layer_spec(flash4=flash4)
+        return layer_spec(by_flash4=flash4)
     from tanren.engine import cpu
 
     return cpu.block_spec(config)
@@ -143,10 +143,9 @@ class Llama(GPTModel):
         # By whose kernels, in words.
         self.attention = "megatron-core"
         if torch.cuda.is_available():
-            self.attention = "flash-attn-4" if flash4 else "Transformer Engine"
-        if torch.cuda.is_available():
             from tanren.engine.layers import join_activations
 
+            self.attention = "flash-attn-4" if flash4 else "Transformer Engine"
             join_activations(self)
         if self.pre_process:
             Embedding.take_over(self.embedding.word_embeddings)
@@ -255,6 +254,7 @@ class ShardedGradients(DistributedDataParallel):
         Args:
             scaling_factor: of no dimensions, on the buffers' device.
         """
+        assert not self.expert_parallel_bucket_groups
         parts = []
         for group in self.bucket_groups:
             for bucket in group.buckets:

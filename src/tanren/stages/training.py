@@ -80,7 +80,7 @@ def make_state(plan: TrainingPlan, steps: int, z_loss: float = 0.0) -> TrainingS
         fp8=recipe.fp8,
     )
     takes_flash4 = flash4.wanted(
-        recipe.attention, plan.precision, plan.model.head_width, recipe.layout.context
+        recipe.attention, plan.precision, plan.model, recipe.layout.context
     )
     if takes_flash4:
         logger.info("attention by %s %s", flash4.PACKAGE, flash4.VERSION)
