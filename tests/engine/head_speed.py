@@ -28,6 +28,7 @@ REPEATS, WARM_UP = 10, 2
 CHECKED, ROWS = 64, 2048
 BLOCKS = ((2048, 4), (4096, 4), (4096, 8), (8192, 4), (8192, 8), (16384, 8), (16384, 16),
           (32768, 16), (32768, 32))  # fmt: skip
+TILES = ((64, 64), (64, 128), (128, 64), (128, 128))
 # Losses and the gradient of the hidden states; the weight's gradient joins its main_grad.
 Way = Callable[[torch.Tensor, Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -97,6 +98,20 @@ def by_chunks(
     return found[0], d_hidden
 
 
+def by_fp8(mine: head.Vocabulary, hidden: torch.Tensor, weight: Any, labels: torch.Tensor) -> Any:
+    """Chunks whose gradients are products of FP8; the weight is cast once, as in a step."""
+    from tanren.engine import head_fp8
+
+    if not hasattr(weight, "in_fp8"):
+        weight.in_fp8 = head_fp8.Weight().cast(weight.detach(), changed=True)
+    ones = torch.ones(len(labels), device=labels.device)
+    losses = head.losses_by_chunks(
+        hidden, weight, labels, mine, loss_weights=ones, chunk=4096, fp8=weight.in_fp8
+    )
+    found, d_hidden = backward(losses, hidden, weight)
+    return found[0], d_hidden
+
+
 def by_liger(hidden: torch.Tensor, weight: Any, labels: torch.Tensor) -> Any:
     """It gives a sum alone, and knows no padding."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
@@ -129,6 +144,7 @@ def ways(mine: head.Vocabulary) -> dict[str, Way]:
         "ours, chunks of 4096": partial(by_chunks, mine, 4096, 0.0),
         "ours, chunks of 8192": partial(by_chunks, mine, 8192, 0.0),
         "ours, chunks of 4096, z-loss": partial(by_chunks, mine, 4096, 1e-4),
+        "ours, chunks of 4096, FP8": partial(by_fp8, mine),
         "Liger": by_liger,
     }
 
@@ -224,6 +240,19 @@ def sweep() -> list[dict[str, Any]]:
         gigabytes = logits.nbytes / 1e6
         rows.append({**size, "softmax_ms": first, "softmax_GB/s": gigabytes / first,
                      "gradient_ms": second, "gradient_GB/s": 2 * gigabytes / second})  # fmt: skip
+        print("  ".join(f"{name} {value:8.5g}" for name, value in rows[-1].items()), flush=True)
+    by_token = torch.empty(logits.shape, dtype=torch.float8_e5m2, device="cuda")
+    by_column = by_token.new_empty(COLUMNS, 4096)
+    scale = torch.ones(1, device="cuda")
+    for tile in TILES:
+        taken = median_ms(
+            partial(
+                head_kernels.to_fp8_gradient, logits, labels, 0, REAL, zeros, zeros, zeros, zeros,
+                scale, by_token, by_column, tile=tile,
+            )
+        )  # fmt: skip
+        rows.append({"rows": tile[0], "columns": tile[1], "fp8_gradient_ms": taken,
+                     "fp8_gradient_GB/s": 2 * gigabytes / taken})  # fmt: skip
         print("  ".join(f"{name} {value:8.5g}" for name, value in rows[-1].items()), flush=True)
     return rows
 
