@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tanren.engine import embedding
 from tanren.engine.embedding import _Lookup, rows_of
 
 PIECES, HIDDEN = 23, 8
@@ -46,3 +48,31 @@ def test_a_rank_takes_its_own_rows_and_spreads_the_others_tokens() -> None:
         assert torch.equal(rows[mine], tokens[mine] % 6)
         assert rows.min() >= 0 and rows.max() < 6
         assert len(rows[elsewhere].unique()) >= 3
+
+
+def test_ranks_that_share_the_vocabulary_give_what_the_whole_gives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on GPUs: of a sum over the ranks each adds the rows that it has, and nothing else."""
+    monkeypatch.setattr(embedding, "_joins", lambda _: True)
+    monkeypatch.setattr(
+        embedding, "reduce_from_tensor_model_parallel_region", lambda found, group: found
+    )
+    torch.manual_seed(2)
+    whole = torch.randn(12, HIDDEN, requires_grad=True)
+    tokens, upstream = torch.randint(12, (2, 30)), torch.randn(2, 30, HIDDEN)
+    parts, results = [], []
+    for rank in range(2):
+        weight: Any = torch.nn.Parameter(whole.detach()[6 * rank :][:6].clone())
+        weight.main_grad = torch.zeros(6, HIDDEN)
+        layer: Any = SimpleNamespace(
+            weight=weight, tp_group=SimpleNamespace(size=lambda: 2), vocab_start_index=6 * rank,
+            num_embeddings_per_partition=6, reduce_scatter_embeddings=False,
+        )  # fmt: skip
+        results.append(embedding.Embedding.forward(layer, tokens))
+        results[-1].backward(upstream)
+        parts.append(weight.main_grad)
+    expected = F.embedding(tokens, whole)
+    expected.backward(upstream)
+    assert torch.equal(results[0] + results[1], expected)
+    torch.testing.assert_close(torch.cat(parts), whole.grad)
