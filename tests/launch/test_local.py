@@ -41,6 +41,9 @@ export TORCHDYNAMO_DISABLE=1
 {command} -m tanren.stages '/runs/with a space/midtrain/plan.json' 3
 """
     assert local.script(RUN, launch, 3, 8) == expected
+    stated = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "tanren0"}
+    expected = expected.replace("OMP_NUM_THREADS=4", "OMP_NUM_THREADS=1")
+    assert local.script(RUN, launch, 3, 8, stated=stated) == expected
 
 
 def test_the_end_of_the_script_on_gpus_and_in_one_process(

@@ -132,7 +132,10 @@ def plan(
         state += f"; {', '.join(waiting)} must be made first (make does it, or --needs)"
     inside = submit.container_for(order, request, place.type.gpus if place else None)
     meeting = local.Meeting("THE_FIRST_HOST", queue.FIRST_PORT)
-    script = local.script(planned.folder, planned.launch, 1, request.machine.cores, inside, meeting)
+    script = local.script(
+        planned.folder, planned.launch, 1, request.machine.cores, inside, meeting,
+        place.site.environment if place else {},
+    )  # fmt: skip
     scripts = [("on each node" if place else "job script", script)]
     if place:
         text = queue.script(planned.folder, place, request.task)

@@ -130,7 +130,7 @@ def _machine(order: Ordered, inside: Container | None) -> Machine:
 
 
 def _nodes(order: Ordered, allocation: Allocation, folder: RunFolder) -> submit.Nodes:
-    hosts = allocation.hosts[: order.nodes]
+    site, hosts = read_site(order.site), allocation.hosts[: order.nodes]
     port = queue.FIRST_PORT + zlib.crc32(allocation.job_id.encode()) % queue.PORTS
     meeting = local.Meeting(hosts[0], port)
     facts = {
@@ -143,8 +143,8 @@ def _nodes(order: Ordered, allocation: Allocation, folder: RunFolder) -> submit.
         "submitted": order.commit,
     }
     if order.nodes == 1:
-        return submit.Nodes((), meeting, facts)
+        return submit.Nodes((), meeting, facts, site.environment)
     hostfile = folder.root / "hosts"
     hostfile.write_text("".join(f"{host}\n" for host in hosts))
-    adapter = scheduler.adapter(read_site(order.site).scheduler)
-    return submit.Nodes(tuple(adapter.start_on_every_node(hosts, hostfile)), meeting, facts)
+    starter = scheduler.adapter(site.scheduler).start_on_every_node(hosts, hostfile)
+    return submit.Nodes(tuple(starter), meeting, facts, site.environment)

@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 
 import psutil
 
@@ -39,13 +39,14 @@ class Meeting:
 
 def script(
     folder: RunFolder, launch: Launch, attempt: int, cores: int, inside: Container | None = None,
-    meeting: Meeting | None = None,
+    meeting: Meeting | None = None, stated: Mapping[str, str] = MappingProxyType({}),
 ) -> str:  # fmt: skip
     """What one attempt runs on each node, in a container or in the machine's own Python.
 
     Args:
         cores: of one node.
         meeting: for several nodes; each finds its rank among them from the program that started it.
+        stated: variables of the site, whose number of threads wins.
     """
     stage = ["-m", "tanren.stages", str(folder.plan), str(attempt)]
     own = str(OWN[launch.own].python()) if launch.own else sys.executable
@@ -66,7 +67,7 @@ def script(
         "PYTHONPATH": str(repository() / "src") if inside else python_path(),
         "PYTHONNOUSERSITE": "1",
         "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": stated.get("OMP_NUM_THREADS", str(threads)),
         "TOKENIZERS_PARALLELISM": "true",
         # Said here: inside a container user.toml may be another, and so is the home.
         "DATA": str(hub.data_root()),

@@ -176,12 +176,13 @@ def _clear(folder: RunFolder) -> None:
 class Nodes:
     """The nodes of a job: how to start something on each, and where their processes meet.
 
-    `job` is what the passport says of it.
+    `job` is what the passport says of it, `environment` the site's variables.
     """
 
     starter: tuple[str, ...]
     meeting: local.Meeting
     job: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def start(
@@ -214,8 +215,8 @@ def start(
             "from": origins.chain(plan),
         }
         attempt = provenance.open_attempt(folder, repository(), value, image, host)
-        meeting = nodes.meeting if nodes else None
-        script = local.script(folder, plan.launch, attempt, cores, inside, meeting)
+        meeting, stated = (nodes.meeting, nodes.environment) if nodes else (None, {})
+        script = local.script(folder, plan.launch, attempt, cores, inside, meeting, stated)
         # In a scheduler's job job.sh is what the scheduler was given.
         file = folder.node if nodes else folder.job
         runs.write_atomic(file, script.encode())
