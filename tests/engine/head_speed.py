@@ -88,26 +88,18 @@ def by_logits(
 
 def by_chunks(
     mine: head.Vocabulary, chunk: int, z_loss: float,
-    hidden: torch.Tensor, weight: Any, labels: torch.Tensor,
+    hidden: torch.Tensor, weight: Any, labels: torch.Tensor, *, fp8: bool = False,
 ) -> Any:  # fmt: skip
+    """With `fp8` gradients are products of it; the weight is cast once, as in a step."""
     ones = torch.ones(len(labels), device=labels.device)
-    losses = head.losses_by_chunks(
-        hidden, weight, labels, mine, z_loss, loss_weights=ones, chunk=chunk
-    )
-    found, d_hidden = backward(losses, hidden, weight)
-    return found[0], d_hidden
+    if fp8 and not hasattr(weight, "in_fp8"):
+        from tanren.engine import head_fp8
 
-
-def by_fp8(mine: head.Vocabulary, hidden: torch.Tensor, weight: Any, labels: torch.Tensor) -> Any:
-    """Chunks whose gradients are products of FP8; the weight is cast once, as in a step."""
-    from tanren.engine import head_fp8
-
-    if not hasattr(weight, "in_fp8"):
         weight.in_fp8 = head_fp8.Weight().cast(weight.detach(), changed=True)
-    ones = torch.ones(len(labels), device=labels.device)
     losses = head.losses_by_chunks(
-        hidden, weight, labels, mine, loss_weights=ones, chunk=4096, fp8=weight.in_fp8
-    )
+        hidden, weight, labels, mine, z_loss,
+        loss_weights=ones, chunk=chunk, fp8=weight.in_fp8 if fp8 else None,
+    )  # fmt: skip
     found, d_hidden = backward(losses, hidden, weight)
     return found[0], d_hidden
 
@@ -144,7 +136,7 @@ def ways(mine: head.Vocabulary) -> dict[str, Way]:
         "ours, chunks of 4096": partial(by_chunks, mine, 4096, 0.0),
         "ours, chunks of 8192": partial(by_chunks, mine, 8192, 0.0),
         "ours, chunks of 4096, z-loss": partial(by_chunks, mine, 4096, 1e-4),
-        "ours, chunks of 4096, FP8": partial(by_fp8, mine),
+        "ours, chunks of 4096, FP8": partial(by_chunks, mine, 4096, 0.0, fp8=True),
         "Liger": by_liger,
     }
 

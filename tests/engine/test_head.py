@@ -6,7 +6,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +44,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def whole(tmp_path: Path) -> Iterator[head.Vocabulary]:
+def whole(alone: None) -> head.Vocabulary:
     """The vocabulary on one rank."""
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     assert dist.group.WORLD is not None
-    yield head.Vocabulary.of(REAL, PADDED, dist.group.WORLD)
-    dist.destroy_process_group()
+    return head.Vocabulary.of(REAL, PADDED, dist.group.WORLD)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

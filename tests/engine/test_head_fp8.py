@@ -10,7 +10,6 @@ import enum
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -107,13 +106,10 @@ def fp8(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.fixture
-def whole(tmp_path: Path) -> Iterator[head.Vocabulary]:
+def whole(alone: None) -> head.Vocabulary:
     """The vocabulary on one rank."""
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     assert dist.group.WORLD is not None
-    yield head.Vocabulary.of(REAL, COLUMNS, dist.group.WORLD)
-    dist.destroy_process_group()
+    return head.Vocabulary.of(REAL, COLUMNS, dist.group.WORLD)
 
 
 def example() -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor]:

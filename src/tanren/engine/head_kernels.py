@@ -136,6 +136,14 @@ def softmax_parts(
     return parts
 
 
+def _shape(logits: torch.Tensor, *vectors: torch.Tensor) -> tuple[int, int]:
+    """Tokens and width of logits, looked at with what there is of each token."""
+    tokens, width = logits.shape
+    assert all(one.shape == (tokens,) and one.is_contiguous() for one in vectors)
+    assert logits.stride(1) == 1
+    return tokens, width
+
+
 def to_gradient(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -150,10 +158,7 @@ def to_gradient(
     warps: int = WARPS,
 ) -> None:
     """See tanren.engine.head.to_gradient."""
-    tokens, width = logits.shape
-    vectors = (labels, highest, log_sum, d_softmax, d_label)
-    assert all(one.shape == (tokens,) and one.is_contiguous() for one in vectors)
-    assert logits.stride(1) == 1
+    tokens, width = _shape(logits, labels, highest, log_sum, d_softmax, d_label)
     _gradient_kernel[(tokens * triton.cdiv(width, block),)](
         logits, logits.stride(0), labels, first, highest, log_sum, d_softmax, d_label,
         columns=columns, width=width, block=block, num_warps=warps,
@@ -184,10 +189,7 @@ def to_fp8_gradient(
         by_token: [tokens, width], where it goes.
         by_column: [width, tokens], the same transposed.
     """
-    tokens, width = logits.shape
-    vectors = (labels, highest, log_sum, d_softmax, d_label)
-    assert all(one.shape == (tokens,) and one.is_contiguous() for one in vectors)
-    assert logits.stride(1) == 1
+    tokens, width = _shape(logits, labels, highest, log_sum, d_softmax, d_label)
     assert by_token.shape == (tokens, width) and by_token.is_contiguous()
     assert by_column.shape == (width, tokens) and by_column.is_contiguous()
     if not columns:

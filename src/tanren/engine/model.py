@@ -17,6 +17,7 @@ from megatron.core.transformer.module import Float16Module
 from tanren.config.model import Model, RopeScaling
 from tanren.config.training import Layout, Lora
 from tanren.engine.embedding import Embedding
+from tanren.engine.flash4 import PACKAGE as FLASH4
 from tanren.engine.head import Head, fuse_without_apex
 from tanren.engine.packed import block_mask, sequence_params
 
@@ -145,7 +146,7 @@ class Llama(GPTModel):
         if torch.cuda.is_available():
             from tanren.engine.layers import join_activations
 
-            self.attention = "flash-attn-4" if flash4 else "Transformer Engine"
+            self.attention = FLASH4 if flash4 else "Transformer Engine"
             join_activations(self)
         if self.pre_process:
             Embedding.take_over(self.embedding.word_embeddings)
@@ -255,14 +256,13 @@ class ShardedGradients(DistributedDataParallel):
             scaling_factor: of no dimensions, on the buffers' device.
         """
         assert not self.expert_parallel_bucket_groups
-        parts = []
-        for group in self.bucket_groups:
-            for bucket in group.buckets:
-                parts.append(
-                    shard_buffer(bucket.grad_data, group.intra_distributed_optimizer_instance_size)[
-                        group.intra_distributed_optimizer_instance_rank
-                    ]
-                )
+        parts = [
+            shard_buffer(bucket.grad_data, group.intra_distributed_optimizer_instance_size)[
+                group.intra_distributed_optimizer_instance_rank
+            ]
+            for group in self.bucket_groups
+            for bucket in group.buckets
+        ]
         torch._foreach_mul_(parts, scaling_factor)
 
 

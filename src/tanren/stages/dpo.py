@@ -133,8 +133,7 @@ def _kept(data: Data, base: str, state: TrainingState) -> list[Kept]:
         by = [flash4.PACKAGE]
     found = []
     for one in data.examples.choice.sets:
-        known_by = [one.folder.name, base, plan.precision, plan.recipe.fp8, cut]
-        key = digest([*known_by, *by])
+        key = digest([one.folder.name, base, plan.precision, plan.recipe.fp8, cut, *by])
         found.append(Kept(Path(plan.cache) / "reference" / f"{key}.npy", len(one.lengths)))
     return found
 
