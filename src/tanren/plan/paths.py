@@ -209,6 +209,11 @@ class RunFolder:
         return self.root / "cache"
 
     @property
+    def kernels(self) -> Path:
+        """Where compiled kernels are kept for every run of the task."""
+        return self.root.parent / "cache" / "kernels"
+
+    @property
     def bench(self) -> Path:
         """What a bench measured."""
         return self.root / "bench.json"

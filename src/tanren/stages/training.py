@@ -19,7 +19,7 @@ from tanren.config.errors import RequestError
 from tanren.config.training import Lora, Tuning
 from tanren.convert import hf, mcore, unpickle
 from tanren.convert import lora as adapters_of
-from tanren.engine import distributed, flash4, loop, lora, timing
+from tanren.engine import distributed, flash4, kernel_cache, loop, lora, timing
 from tanren.engine import model as models
 from tanren.engine.checkpoint import TrainingState, load, load_base
 from tanren.engine.log import Metrics
@@ -58,6 +58,8 @@ def begin(plan: TrainingPlan, attempt: int) -> Session:
     stop.install()
     recipe, layout = plan.recipe, plan.recipe.layout
     ranks = distributed.initialize(layout, plan.launch.device, recipe.seed)
+    if ranks.device.type == "cuda":
+        kernel_cache.keep(plan.folder.kernels)
     timing.startup.reached("process groups")
     logger.info(
         "%.2f B parameters on %d x %s: tensor %d, pipeline %d, context %d, data %d; %s, fp8 %s",

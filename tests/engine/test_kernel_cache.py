@@ -1,0 +1,52 @@
+"""What a run compiles is there for the next."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tanren.engine import kernel_cache
+
+NAMES = (
+    "TRITON_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED",
+    "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        # Set first, so that what a test leaves is taken back.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def test_both_compilers_keep_theirs_below_the_folder(tmp_path: Path) -> None:
+    kernel_cache.keep(tmp_path / "kernels")
+    triton, enabled, flash = (os.environ[name] for name in NAMES)
+    assert Path(triton).parent == Path(flash).parent == tmp_path / "kernels"
+    assert enabled == "1" and triton != flash
+    assert list((tmp_path / "kernels").iterdir()) == []
+
+
+def test_what_a_site_says_stays(tmp_path: Path) -> None:
+    os.environ.update({NAMES[0]: "/local/triton", NAMES[1]: "0"})
+    kernel_cache.keep(tmp_path)
+    assert os.environ[NAMES[0]] == "/local/triton" and os.environ[NAMES[1]] == "0"
+
+
+def test_where_nothing_can_be_locked_triton_alone_keeps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with caplog.at_level("INFO", "tanren"):
+        kernel_cache.keep(tmp_path)
+    assert [name in os.environ for name in NAMES] == [True, False, False]
+    assert "cannot be locked" in caplog.text
