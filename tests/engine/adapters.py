@@ -214,58 +214,6 @@ def forward_step(
     return output, partial(token_loss, batch["mask"])
 
 
-class Fused(torch.nn.Module):
-    """Transformer Engine's norm and linear layer in one, as its LayerNormLinear answers."""
-
-    def __init__(self, norm: torch.nn.Module, linear: torch.nn.Module) -> None:
-        super().__init__()
-        self.norm, self.linear, self.return_layernorm_output = norm, linear, False
-
-    @property
-    def weight(self) -> Any:
-        return self.linear.weight
-
-    def forward(self, x: torch.Tensor) -> tuple[Any, None]:
-        normed = self.norm(x)
-        result = self.linear(normed)[0]
-        return ((result, normed) if self.return_layernorm_output else result), None
-
-
-def fuse(model: Any) -> None:
-    """Put the norms into the linear layers, as on a GPU."""
-    for layer in model.decoder.layers:
-        attention, mlp = layer.self_attention, layer.mlp
-        attention.linear_qkv = Fused(layer.input_layernorm, attention.linear_qkv)
-        mlp.linear_fc1 = Fused(layer.pre_mlp_layernorm, mlp.linear_fc1)
-        layer.input_layernorm = layer.pre_mlp_layernorm = torch.nn.Identity()
-
-
-def gradients(trained: Case, *, fused: bool) -> list[torch.Tensor]:
-    """The losses, and every adapter's gradients, of a model of its own with the same weights."""
-    from tanren.engine import lora as adapters
-    from tanren.engine import model as models
-
-    model = models.build(SHAPE, trained.config)
-    weights = trained.llama.state_dict()
-    model.load_state_dict({n: w for n, w in weights.items() if "_adapter." not in n})
-    if fused:
-        fuse(model)
-    adapters.add_adapters(model, ALL, seed=SEED)
-    mine, theirs = (
-        [module for module in each.modules() if isinstance(module, adapters.Adapter)]
-        for each in (model, trained.llama)
-    )
-    for here, there in zip(mine, theirs, strict=True):
-        here.load_state_dict(there.state_dict())
-    tokens = samples()[0]
-    inputs, labels = tokens[:, :-1], tokens[:, 1:]
-    losses = model(inputs, positions(inputs), None, labels=labels)
-    losses.sum().backward()
-    found: list[Any] = [weight.grad for module in mine for weight in module.parameters()]
-    assert all(gradient is not None for gradient in found)
-    return [losses.detach(), *found]
-
-
 def look_at_one(root: Path) -> dict[str, Any]:
     """What one process shows: of a run of its own, and of what was loaded from its checkpoint."""
     from tanren.config.errors import RequestError
@@ -297,7 +245,7 @@ def look_at_one(root: Path) -> dict[str, Any]:
     found["with them again"] = torch.equal(made.logits(), found["logits"])
     found["in training"] = torch.equal(made.logits(training=True), found["logits"])
 
-    found["unfused"], found["fused"] = (gradients(made, fused=fused) for fused in (False, True))
+    found["losses"] = made.token_losses()
 
     dropping = Case(root, "all", Layout(), ALL.model_copy(update={"dropout": 0.5}))
     dropping.load(root / "single", MIDDLE)

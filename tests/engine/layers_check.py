@@ -11,9 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from tanren.engine.kernels import adam_step, split_and_rotate, swiglu
+from tanren.engine.norm_kernels import add_and_norm, norm
 
 # Groups of keys, queries of each, and the size of a head: of llm-jp-4-8b, and odd ones.
 HEADS = ((8, 4, 128), (1, 1, 64), (3, 2, 24))
+# Of the model: more than a warp's elements and not a power of two; a small one.
+WIDTHS = (1100, 64)
+EPSILON = 1e-2
 
 
 def check_swiglu(device: str) -> None:
@@ -66,6 +70,44 @@ def turned(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return heads * angles.double().cos() + other * angles.double().sin()
 
 
+def check_norm(device: str, width: int, *, frozen: bool) -> None:
+    """Of a stream and of a sum, forwards and backwards, with more rows than programs."""
+    torch.manual_seed(4)
+
+    def drawn(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device=device, requires_grad=True)
+
+    mine = [drawn(301, 2, width), drawn(301, 2, width), drawn(width)]
+    mine[2].requires_grad_(not frozen)
+    theirs = [one.detach().double().requires_grad_() for one in mine]
+    largest = torch.full((3, 1), torch.nan, device=device)
+    first = norm(mine[0], mine[2], EPSILON, lambda: largest[0])
+    total, second = add_and_norm(
+        mine[0], mine[1], mine[2], EPSILON, lambda: largest[1], lambda: largest[2]
+    )
+    summed = theirs[0] + theirs[1]
+    expected = [true_norm(theirs[0], theirs[2]), summed, true_norm(summed, theirs[2])]
+    found = [first, total, second]
+    upstream = [torch.randn_like(one) for one in found]
+    torch.autograd.backward(found, upstream)
+    torch.autograd.backward(expected, [one.double() for one in upstream])
+    near = {"rtol": 1e-5, "atol": 1e-4, "check_dtype": False}
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **near)
+    for one, other in zip(mine[: 2 if frozen else 3], theirs, strict=False):
+        torch.testing.assert_close(one.grad, other.grad, **near)
+    assert not frozen or mine[2].grad is None
+    assert float(largest[0]) == float(first.abs().max())
+    assert float(largest[1]) == float(second.abs().max())
+    # The branch has the sum's gradient alone, the stream another as well.
+    assert float(largest[2]) == float(mine[1].grad.abs().max())
+
+
+def true_norm(stream: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Zhang & Sennrich's equation 4."""
+    return stream / (stream.square().mean(-1, keepdim=True) + EPSILON).sqrt() * weight
+
+
 def check_adam(device: str, moments: torch.dtype, gradients: torch.dtype) -> None:
     """Three steps of a master weight in two halves, and of the same in fp64."""
     torch.manual_seed(3)
@@ -102,4 +144,7 @@ if __name__ == "__main__":
             check_adam(sys.argv[1], moments, gradients)
     for heads in HEADS:
         check_rotation(sys.argv[1], *heads)
-    print("checked", 5 + len(HEADS))
+    for width in WIDTHS:
+        for frozen in (False, True):
+            check_norm(sys.argv[1], width, frozen=frozen)
+    print("checked", 5 + len(HEADS) + 2 * len(WIDTHS))

@@ -15,21 +15,29 @@ from tests.conftest import REPOSITORY
 has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
 
 
-def check(device: str, **environment: str) -> None:
+has_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def check(name: str, *device: str, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.layers_check", device],
+        [sys.executable, "-m", f"tests.engine.{name}", *device],
         cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "checked 8\n"
+    return done.stdout
 
 
 @has_triton
 def test_the_kernels_compute_what_torch_does() -> None:
-    check("cpu", TRITON_INTERPRET="1")
+    assert check("layers_check", "cpu", TRITON_INTERPRET="1") == "checked 12\n"
 
 
 @has_triton
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@has_gpu
 def test_the_kernels_compute_it_on_a_gpu() -> None:
-    check("cuda")
+    assert check("layers_check", "cuda") == "checked 12\n"
+
+
+@has_gpu
+def test_layers_that_add_and_norm_in_one_pass_compute_what_they_do_apart() -> None:
+    assert check("joined_check").endswith("checked 8\n")

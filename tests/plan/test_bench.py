@@ -102,6 +102,9 @@ def test_the_least_work_of_a_step_adds_up_to_the_models_flops() -> None:
     # 32 layers x 4096 x 32 heads x 128 channels, forward and backward, the causal half.
     assert least["attention_flop"] == pytest.approx(6 * 32 * 4096 * 4096 * tokens / 8)
     assert least["head_flop"] == pytest.approx(6 * 196_608 * 4096 * tokens / 8)
+    # Two norms with their sums (8 of the stream each), SwiGLU, rotations of 32 + 8 heads; logits.
+    moved = 32 * (2 * 8 * 4096 + 8 * 14336 + 4 * 40 * 128) + 2 * 196_608
+    assert least["elementwise_bytes"] == pytest.approx(2 * moved * tokens / 8)
     # 4 bytes of each of a GPU's parameters are zeroed, and 34 of a data-parallel part of them.
     assert least["optimizer_bytes"] == pytest.approx(model.parameters / 2 * (4 + 38 / 4 - 1))
 

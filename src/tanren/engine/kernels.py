@@ -20,8 +20,8 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _store_largest(largest, value):  # type: ignore[no-untyped-def]
-    """Each program's own, in the order of the grid."""
+def store_largest(largest, value):  # type: ignore[no-untyped-def]
+    """Each program's own, in the order of a grid of one or two dimensions."""
     tl.store(largest + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), value)
 
 
@@ -37,7 +37,7 @@ def _swiglu(  # type: ignore[no-untyped-def]
     value = (gate * tl.sigmoid(gate) * up).to(result.dtype.element_ty)
     tl.store(result + row * width + column, value, inside)
     if measures:
-        _store_largest(largest, tl.max(tl.where(inside, tl.abs(value.to(tl.float32)), 0.0), 0))
+        store_largest(largest, tl.max(tl.where(inside, tl.abs(value.to(tl.float32)), 0.0), 0))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -58,14 +58,14 @@ def _swiglu_gradient(  # type: ignore[no-untyped-def]
     tl.store(result + second, of_up, inside)
     if measures:
         both = tl.maximum(tl.abs(of_gate.to(tl.float32)), tl.abs(of_up.to(tl.float32)))
-        _store_largest(largest, tl.max(tl.where(inside, both, 0.0), 0))
+        store_largest(largest, tl.max(tl.where(inside, both, 0.0), 0))
 
 
 # Where the largest absolute value of a tensor goes, [1] in fp32; asked when the tensor is made.
 Where = Callable[[], torch.Tensor | None]
 
 
-class _Measured:
+class Measured:
     """Where a kernel's programs write their largest values, if anybody wants the largest of all."""
 
     def __init__(self, wanted: torch.Tensor | None, programs: int) -> None:
@@ -88,7 +88,7 @@ class _SwiGLU(torch.autograd.Function):
         width = gate_up.size(-1) // 2
         result = gate_up.new_empty(*gate_up.shape[:-1], width)
         grid = (gate_up.numel() // (2 * width), triton.cdiv(width, _BLOCK))
-        measured = _Measured(of_result(), grid[0] * grid[1])
+        measured = Measured(of_result(), grid[0] * grid[1])
         _swiglu[grid](gate_up, result, width=width, block=_BLOCK, **measured.options())
         measured.finish()
         ctx.save_for_backward(gate_up)
@@ -102,7 +102,7 @@ class _SwiGLU(torch.autograd.Function):
         width = gate_up.size(-1) // 2
         result = torch.empty_like(gate_up)
         grid = (gate_up.numel() // (2 * width), triton.cdiv(width, _BLOCK))
-        measured = _Measured(ctx.of_gradient(), grid[0] * grid[1])
+        measured = Measured(ctx.of_gradient(), grid[0] * grid[1])
         _swiglu_gradient[grid](
             gradient.contiguous(), gate_up, result,
             width=width, block=_BLOCK, **measured.options(),
@@ -111,12 +111,12 @@ class _SwiGLU(torch.autograd.Function):
         return result, None, None
 
 
-def _nowhere() -> None:
-    return None
+def nowhere() -> None:
+    """For what nobody wants to know."""
 
 
 def swiglu(
-    gate_up: torch.Tensor, of_result: Where = _nowhere, of_gradient: Where = _nowhere
+    gate_up: torch.Tensor, of_result: Where = nowhere, of_gradient: Where = nowhere
 ) -> torch.Tensor:
     """SiLU(gate) * up (Shazeer 2020), computed in fp32.
 

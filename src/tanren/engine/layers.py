@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 import transformer_engine_torch as tex
-from megatron.core.extensions.transformer_engine import TEDotProductAttention
+from megatron.core.extensions.transformer_engine import (
+    TEColumnParallelLinear,
+    TEDotProductAttention,
+)
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer import MegatronModule
+from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer
 
 from tanren.engine import flash4
-from tanren.engine.kernels import split_and_rotate, swiglu
+from tanren.engine.kernels import Where, nowhere, split_and_rotate, swiglu
+from tanren.engine.norm_kernels import add_and_norm, norm
 
 
 class RotaryAttention(SelfAttention):
@@ -125,11 +131,94 @@ class SwiGLU(MegatronModule):
         return swiglu(gate_up, partial(_of_input, fc2), partial(_of_gradient, fc1))
 
 
-def join_activations(model: torch.nn.Module) -> None:
-    """Let the activations of a model's MLPs measure for the layers beside them."""
-    for module in model.modules():
-        if isinstance(module, MLP):
-            module.activation_func.stand_between(module.linear_fc1, module.linear_fc2)
+class Norm(torch.nn.Module):
+    """The RMSNorm before a linear layer; `Residual` may have it computed with the sum before it."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.epsilon = eps
+        ones = torch.ones(
+            hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()
+        )
+        self.weight = torch.nn.Parameter(ones)
+        # megatron-core sums the gradients of what sees a rank's part of the sequence alone.
+        marked: Any = self.weight
+        marked.sequence_parallel = config.sequence_parallel
+        self._of_normed: Where = nowhere
+        # The last sum, and its norm, which nobody has taken yet.
+        self._ready: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def stand_before(self, linear: torch.nn.Module) -> None:
+        """Measure what this layer casts to FP8: its input."""
+        self._of_normed = partial(_of_input, linear)
+
+    def forward(
+        self,
+        stream: torch.Tensor,
+        branch: torch.Tensor | None = None,
+        of_gradient: Where = nowhere,
+    ) -> torch.Tensor:
+        """The norm of the stream [sequence, batch, hidden].
+
+        With a branch the sum of both, whose norm is kept for when this sum is what comes. A call of
+        the module and no method, since megatron-core waits before it for the weight to be gathered.
+
+        Args:
+            of_gradient: where the largest absolute value of the sum's gradient goes.
+        """
+        ready, self._ready = self._ready, None
+        if branch is not None:
+            self._ready = add_and_norm(
+                stream, branch, self.weight, self.epsilon, self._of_normed, of_gradient
+            )
+            return self._ready[0]
+        if ready is not None and ready[0] is stream:
+            return ready[1]
+        return norm(stream, self.weight, self.epsilon, self._of_normed)
+
+
+class Residual:
+    """The sum of the stream and what attention or MLP made of it, as megatron-core calls it."""
+
+    def __init__(self) -> None:
+        self._add: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.add
+
+    def stand_between(self, linear: torch.nn.Module, norm: Norm) -> None:
+        """Leave the sum to the norm that comes next, which measures the gradient of what this
+        linear layer made, since it is the sum's.
+        """
+        self._add = partial(norm, of_gradient=partial(_of_gradient, linear))
+
+    def __call__(self, training: bool, fused: bool) -> Any:
+        """What megatron-core calls with a layer's result and its bias, the stream and a dropout."""
+        return self._join
+
+    def _join(
+        self, given: tuple[torch.Tensor, None], stream: torch.Tensor, dropout: float
+    ) -> torch.Tensor:
+        branch, bias = given
+        assert bias is None and not dropout
+        return self._add(stream, branch)
+
+
+def join(layers: Iterable[Any], *, alone: bool) -> None:
+    """Let what lies between the products of a stage's layers add, norm and measure in one pass.
+
+    Args:
+        alone: whether each layer is computed again by itself in the backward pass: then nothing of
+            it is there for the next.
+    """
+    own = list(layers)
+    for layer in own:
+        attention, mlp = layer.self_attention, layer.mlp
+        layer.input_layernorm.stand_before(attention.linear_qkv)
+        layer.self_attn_bda.stand_between(attention.linear_proj, layer.pre_mlp_layernorm)
+        layer.pre_mlp_layernorm.stand_before(mlp.linear_fc1)
+        mlp.activation_func.stand_between(mlp.linear_fc1, mlp.linear_fc2)
+        # megatron-core's turns gradients on for a sum: an evaluation would keep every layer's.
+        layer.bias_dropout_add_exec_handler = nullcontext
+    for layer, after in pairwise(() if alone else own):
+        layer.mlp_bda.stand_between(layer.mlp.linear_fc2, after.input_layernorm)
 
 
 def layer_spec(*, by_flash4: bool = False) -> ModuleSpec:
@@ -140,8 +229,18 @@ def layer_spec(*, by_flash4: bool = False) -> ModuleSpec:
         by_flash4: whether attention is FlashAttention 4's instead of Transformer Engine's.
     """
     spec = get_gpt_layer_with_transformer_engine_spec()
-    spec.submodules.self_attention.module = RotaryAttention
+    layer = spec.submodules
+    attention, mlp = layer.self_attention.submodules, layer.mlp.submodules
+    layer.self_attention.module = RotaryAttention
     if by_flash4:
-        spec.submodules.self_attention.submodules.core_attention = Flash4
-    spec.submodules.mlp.submodules.activation_func = SwiGLU
+        attention.core_attention = Flash4
+    mlp.activation_func = SwiGLU
+    layer.input_layernorm = layer.pre_mlp_layernorm = Norm
+    attention.linear_qkv = mlp.linear_fc1 = TEColumnParallelLinear
+    layer.self_attn_bda = layer.mlp_bda = Residual
+    # In checkpoints a norm lies in the linear layer behind it, as in megatron-core's own spec.
+    layer.sharded_state_dict_keys_map = {
+        "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    }
     return spec

@@ -175,9 +175,6 @@ def _add(layer: torch.nn.Module, name: LoraLinear, down: torch.Tensor, lora: Lor
     # Beside the linear layer: within it, its own sharded_state_dict would take the adapter's
     # tensors for its own.
     parent.add_module(f"{attribute}_adapter", adapter)
-    if hasattr(linear, "return_layernorm_output"):
-        # Transformer Engine's norm and linear layer in one: its input is not the linear layer's.
-        linear.return_layernorm_output = True
     linear.register_forward_hook(partial(_join, adapter))
 
 
@@ -186,8 +183,6 @@ def _join(
 ) -> tuple[torch.Tensor, Any]:
     """Add the adapter's part to a linear layer's output; megatron-core's return a bias with it."""
     (x,), (result, bias) = inputs, output
-    if isinstance(result, tuple):
-        result, x = result
     return (result + adapter(x) if adapter.enabled else result), bias
 
 

@@ -77,7 +77,6 @@ def transformer_config(
         bias_activation_fusion=False,
         # By this megatron-core takes the activation of engine/layers.py.
         use_te_activation_func=on_gpu,
-        bias_dropout_fusion=on_gpu,
         apply_rope_fusion=on_gpu,
         attention_softmax_in_fp32=True,
         deallocate_pipeline_outputs=True,
@@ -144,10 +143,10 @@ class Llama(GPTModel):
         # By whose kernels, in words.
         self.attention = "megatron-core"
         if torch.cuda.is_available():
-            from tanren.engine.layers import join_activations
+            from tanren.engine.layers import join
 
             self.attention = FLASH4 if flash4 else "Transformer Engine"
-            join_activations(self)
+            join(self.decoder.layers, alone=config.recompute_granularity == "full")
         if self.pre_process:
             Embedding.take_over(self.embedding.word_embeddings)
         if self.post_process:

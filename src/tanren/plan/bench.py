@@ -100,8 +100,9 @@ def least_work(
     """What one GPU cannot do without in a step: FLOP by kind, and bytes that it moves.
 
     The FLOP are the model's (see `Model.flops`), with an equal part of them for each GPU. Bytes are
-    counted as if each kernel did all that can be done in one pass over its tensors: norms, residual
-    additions, SwiGLU and rotary embedding, the logits read and written once; of the optimizer the
+    counted as if each kernel did all that can be done in one pass over its tensors: residual
+    additions with the norms behind them, SwiGLU and rotary embedding, the logits read and written
+    once; of the optimizer the
     gradients' zeroing, their norm and the update.
 
     Args:
@@ -114,8 +115,8 @@ def least_work(
     queries = model.attention_heads * model.head_width
     keys = model.kv_groups * model.head_width
     # Forward and backward, in elements a token and layer.
-    norms, residuals = 2 * 5 * model.hidden_size, 2 * 6 * model.hidden_size
-    elements = norms + residuals + 8 * model.ffn_hidden_size + 4 * (queries + keys)
+    norms = 2 * 8 * model.hidden_size
+    elements = norms + 8 * model.ffn_hidden_size + 4 * (queries + keys)
     moved = width * (tokens * model.layers * elements + 2 * predicted * model.vocabulary_size)
     lora = recipe.lora if isinstance(recipe, Tuning) else None
     trained = trained_parameters(model, lora) / (layout.tensor * layout.pipeline)
