@@ -30,13 +30,13 @@ def trained(*, fp8: str, recompute: Any, lora: Lora | None, joined: bool) -> tup
     config = model.transformer_config(SHAPE, Layout(recompute=recompute), precision="bf16", fp8=fp8)
     with mock.patch.object(layers, "join", layers.join if joined else lambda *_, **__: None):
         llama = model.build(SHAPE, config)
+    if lora is not None:
+        add_adapters(llama, lora, seed=1)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in llama.named_parameters():
             drawn = torch.randn(weight.shape, generator=generator)
             weight.copy_(1 + drawn / 4 if "norm" in name else drawn / 16)
-    if lora is not None:
-        add_adapters(llama, lora, seed=1)
     wrapped = model.wrap_for_training(llama)
     tokens = torch.randint(1000, (ROWS, LENGTH + 1), generator=generator).cuda()
     positions = torch.arange(LENGTH, device="cuda").expand(ROWS, -1)
@@ -69,12 +69,18 @@ def check(fp8: str = "none", recompute: str = "none", lora: Lora | None = None) 
     each = 2 * SHAPE.layers if recompute == "full" else 2 * SHAPE.layers - 1
     assert (fused, unfused) == (PASSES * each, 0), (fused, unfused)
     assert torch.equal(losses, plain_losses), (losses - plain_losses).abs().max()
-    worst = max(
-        float((gradients[name] - other).norm() / other.norm()) for name, other in plain.items()
+    _, true, _ = trained(**setting | {"fp8": "none"}, joined=False)
+    worst, by_it, by_fp8 = (
+        off(*pair) for pair in ((gradients, plain), (gradients, true), (plain, true))
     )
-    print(fp8, recompute, "lora" if lora else "", f"gradients within {worst:.5f}")
-    # FP8 rounds what differs by a rounding of bf16 to another of its few numbers.
-    assert worst < (0.02 if fp8 == "none" else 0.1)
+    print(fp8, recompute, "lora" if lora else "", f"{worst:.4f}, off bf16 {by_it:.4f} {by_fp8:.4f}")
+    # FP8 has so few numbers that one rounding in bf16 leads to others.
+    assert worst < 0.02 if fp8 == "none" else by_it < 1.2 * by_fp8
+
+
+def off(found: dict[str, torch.Tensor], true: dict[str, torch.Tensor]) -> float:
+    """The largest relative difference of a gradient, by the norm."""
+    return max(float((found[name] - one).norm() / one.norm()) for name, one in true.items())
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from tanren.engine.kernels import Measured, Where, nowhere, store_largest
 
 # Backward, so many programs for each multiprocessor share the rows; each sums the gradient of the
 # weight over its own.
-_PROGRAMS = 4
+_PROGRAMS = 2
 
 
 @triton.jit  # type: ignore[untyped-decorator]
