@@ -14,7 +14,7 @@ iteration = $(if $(ITER),--set 'iteration=$(ITER)')
 of = $(if $(filter-out midtrain,$(STAGE)),--set 'of=stage:$(STAGE)')
 recipe = recipes/$(TASK)/$@.yaml
 
-.PHONY: help setup doctor env-eval env-merge env-nemo fetch preprocess convert midtrain sft dpo pipeline export merge eval show generate fp8-gate bench plan submission build-image image-info lock shell status report wandb-sync logs cancel reproduce diff test test-long test-images test-schedulers test-harness test-merge test-nemo check
+.PHONY: help setup doctor env-eval env-merge env-nemo fetch preprocess convert midtrain sft dpo pipeline export merge eval show generate fp8-gate bench plan submission build-image image-info lock shell status report wandb-sync logs cancel reproduce diff test test-long test-kernels test-images test-schedulers test-harness test-merge test-nemo check
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -122,6 +122,9 @@ test: ## the tests that need nothing else
 
 test-long: ## more of the same, with longer trainings
 	@bin/setup dev && .venv/bin/python -m pytest -n auto --dist worksteal -m long --durations 5
+
+test-kernels: ## the GPU kernels in Triton's interpreter, on a CPU; installs Triton (190 MB)
+	@bin/setup kernels && .venv/bin/python -m pytest -n 2 -m kernels
 
 test-images: ## builds cpu.sif twice and trains in it; needs Apptainer and a network
 	@bin/setup dev && .venv/bin/python -m pytest -n 2 -m images --durations 5

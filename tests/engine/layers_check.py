@@ -77,7 +77,7 @@ def check_norm(device: str, width: int, *, frozen: bool) -> None:
     def drawn(*size: int) -> torch.Tensor:
         return torch.randn(*size, device=device, requires_grad=True)
 
-    mine = [drawn(301, 2, width), drawn(301, 2, width), drawn(width)]
+    mine = [drawn(21, 2, width), drawn(21, 2, width), drawn(width)]
     mine[2].requires_grad_(not frozen)
     theirs = [one.detach().double().requires_grad_() for one in mine]
     largest = torch.full((3, 1), torch.nan, device=device)

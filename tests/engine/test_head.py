@@ -217,11 +217,13 @@ def check_kernels(device: str, **environment: str) -> None:
 has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
 
 
+@pytest.mark.kernels
 @has_triton
 def test_triton_and_torch_make_the_same_passes() -> None:
     check_kernels("cpu", TRITON_INTERPRET="1")
 
 
+@pytest.mark.kernels
 @has_triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_triton_and_torch_make_the_same_passes_on_a_gpu() -> None:

@@ -27,11 +27,13 @@ def check(name: str, *device: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.kernels
 @has_triton
 def test_the_kernels_compute_what_torch_does() -> None:
     assert check("layers_check", "cpu", TRITON_INTERPRET="1") == "checked 12\n"
 
 
+@pytest.mark.kernels
 @has_triton
 @has_gpu
 def test_the_kernels_compute_it_on_a_gpu() -> None:
