@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import transformer_engine_torch as tex
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelLinear,
     TEDotProductAttention,
@@ -20,9 +19,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
-from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer
 
-from tanren.engine import flash4
+from tanren.engine import current_scaling, flash4
 from tanren.engine.kernels import Where, nowhere, split_and_rotate, swiglu
 from tanren.engine.norm_kernels import add_and_norm, norm
 
@@ -67,29 +65,6 @@ def _turned(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return turned
 
 
-def _of_input(linear: Any) -> torch.Tensor | None:
-    return _taken_from(linear.quantizers["scaling_fwd"], tex.FP8FwdTensors.GEMM1_INPUT)
-
-
-def _of_gradient(linear: Any) -> torch.Tensor | None:
-    return _taken_from(linear.quantizers["scaling_bwd"], tex.FP8BwdTensors.GRAD_OUTPUT1)
-
-
-def _taken_from(quantizers: Any, which: int) -> torch.Tensor | None:
-    """Let a linear layer's quantizer take the largest absolute value of what it casts to FP8 from
-    where it is written, which is returned; None where there is none to tell.
-
-    With scaling by the present tensor a cast reads it twice, at first for that value. What made the
-    tensor has it for nothing. Before its first pass a layer has no quantizers, in bf16 never any.
-    """
-    quantizer = quantizers[which] if isinstance(quantizers, list) else None
-    if not isinstance(quantizer, Float8CurrentScalingQuantizer) or quantizer.with_amax_reduction:
-        return None
-    quantizer.use_existing_amax = True
-    amax: torch.Tensor = quantizer.amax
-    return amax
-
-
 class Flash4(TEDotProductAttention):
     """FlashAttention 4 where it was tried, else Transformer Engine's."""
 
@@ -128,7 +103,11 @@ class SwiGLU(MegatronModule):
         if self._around is None:
             return swiglu(gate_up)
         fc1, fc2 = self._around
-        return swiglu(gate_up, partial(_of_input, fc2), partial(_of_gradient, fc1))
+        return swiglu(
+            gate_up,
+            partial(current_scaling.of_input, fc2),
+            partial(current_scaling.of_gradient, fc1),
+        )
 
 
 class Norm(torch.nn.Module):
@@ -150,7 +129,7 @@ class Norm(torch.nn.Module):
 
     def stand_before(self, linear: torch.nn.Module) -> None:
         """Measure what this layer casts to FP8: its input."""
-        self._of_normed = partial(_of_input, linear)
+        self._of_normed = partial(current_scaling.of_input, linear)
 
     def forward(
         self,
@@ -158,12 +137,14 @@ class Norm(torch.nn.Module):
         branch: torch.Tensor | None = None,
         of_gradient: Where = nowhere,
     ) -> torch.Tensor:
-        """The norm of the stream [sequence, batch, hidden].
+        """The norm of the stream; or with a branch the sum of both, whose norm is kept for when
+        this sum is what comes.
 
-        With a branch the sum of both, whose norm is kept for when this sum is what comes. A call of
-        the module and no method, since megatron-core waits before it for the weight to be gathered.
+        Both are calls of the module, since megatron-core waits before one for the weight to be
+        gathered from other ranks.
 
         Args:
+            stream: [sequence, batch, hidden], as `branch` and what is returned.
             of_gradient: where the largest absolute value of the sum's gradient goes.
         """
         ready, self._ready = self._ready, None
@@ -187,9 +168,9 @@ class Residual:
         """Leave the sum to the norm that comes next, which measures the gradient of what this
         linear layer made, since it is the sum's.
         """
-        self._add = partial(norm, of_gradient=partial(_of_gradient, linear))
+        self._add = partial(norm, of_gradient=partial(current_scaling.of_gradient, linear))
 
-    def __call__(self, training: bool, fused: bool) -> Any:
+    def __call__(self, training: bool, fused: bool) -> Callable[..., torch.Tensor]:
         """What megatron-core calls with a layer's result and its bias, the stream and a dropout."""
         return self._join
 
