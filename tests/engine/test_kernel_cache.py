@@ -33,6 +33,23 @@ def test_both_compilers_keep_theirs_below_the_folder(tmp_path: Path) -> None:
     assert list((tmp_path / "kernels").iterdir()) == []
 
 
+def test_another_processor_has_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel_cache.keep(tmp_path)
+    own = os.environ.pop(NAMES[2])
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "processor: 0\nflags\t: fpu avx9\n")
+    kernel_cache.keep(tmp_path)
+    assert os.environ[NAMES[2]] != own
+
+
+def test_a_folder_that_cannot_be_had_is_no_reason_to_stop(tmp_path: Path, caplog: Any) -> None:
+    (tmp_path / "kernels").write_text("a file")
+    kernel_cache.keep(tmp_path / "kernels")
+    assert not any(name in os.environ for name in NAMES)
+    assert "File exists; kernels are compiled at each start" in caplog.text
+
+
 def test_what_a_site_says_stays(tmp_path: Path) -> None:
     os.environ.update({NAMES[0]: "/local/triton", NAMES[1]: "0"})
     kernel_cache.keep(tmp_path)

@@ -93,8 +93,11 @@ class _Attention(torch.autograd.Function):
         segments: dict[str, Any],
     ) -> torch.Tensor:  # fmt: skip
         """See `attend`."""
+        from flash_attn.cute.cache_utils import JITPersistentCache
         from flash_attn.cute.interface import _flash_attn_fwd
 
+        # Ranks wait for one another's locks in the cache, and 15 s are few for many of them.
+        JITPersistentCache.LOCK_TIMEOUT_SECONDS = 600
         # In the order of what comes after it, so that nothing is copied.
         result = torch.empty_like(query)
         q, k, v, out = (_rows(one) for one in (query, key, value, result))

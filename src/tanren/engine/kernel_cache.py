@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import os
 import tempfile
@@ -12,27 +13,44 @@ logger = logging.getLogger("tanren")
 
 
 def keep(folder: Path) -> None:
-    """Let Triton and FlashAttention 4 keep what they compile. Call it before they are imported.
+    """Let Triton and FlashAttention 4 keep what they compile; both know a kernel by its source, its
+    compiler and the device.
 
-    Both know a kernel by its source, its compiler and the device. What the environment says already
-    stays.
+    To be called before the first kernel is launched, and before FlashAttention 4 is imported. What
+    the environment says already stays (a container's says nothing). A folder that cannot be had is
+    no reason to stop.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            locks = _locks(file.fileno())
+    except OSError as error:
+        logger.warning("%s: %s; kernels are compiled at each start", folder, error.strerror)
+        return
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
-    if not _locks(folder):
+    if not locks:
         logger.info("%s cannot be locked: FlashAttention 4 is compiled at each start", folder)
         return
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder / "flash-attn"))
+    # Its files hold code of the host as well.
+    os.environ.setdefault(
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder / f"flash-attn-{_processor()}")
+    )
 
 
-def _locks(folder: Path) -> bool:
-    """Whether files there can be locked; some Lustre mounts cannot, and FlashAttention 4 gives up
-    a run that waits for a lock.
+def _locks(file: int) -> bool:
+    """Whether a file can be locked; on some Lustre mounts none can, and FlashAttention 4 ends a run
+    that does not get a lock.
     """
-    with tempfile.TemporaryFile(dir=folder) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
     return True
+
+
+def _processor() -> str:
+    """Which instructions this machine's processor has, as a short name."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return hashlib.sha256(flags.encode()).hexdigest()[:8]

@@ -230,7 +230,7 @@ def script_of(inside: Container, words: Sequence[str]) -> str:
     return "\n".join([*prologue(environment), f"exec {line}"])
 
 
-# Node-local, and never the user's home: caches of compilers go there.
+# Node-local, and never the user's home: what programs keep there is gone with the job.
 _HOST_HOME = "@HOME@"
 _HOST_HOME_SHELL = '"${TMPDIR:-/tmp}/tanren-home-$UID"'
 
