@@ -4,6 +4,7 @@ measure in one pass, beside the same layers one after the other.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -18,17 +19,72 @@ SHAPE = Model(
     vocabulary_size=1000, max_positions=64, rotary_base=10000.0, norm_epsilon=1e-5, init_std=0.08,
 )  # fmt: skip
 ROWS, LENGTH = 4, 64
-# With the second pass a layer has quantizers to tell what was measured.
+# Of other tokens each. With the second a layer has quantizers to tell what was measured.
 PASSES = 3
+# The linear layers of a layer; what is before each is known, and what is behind.
+QKV, PROJ, FC1, FC2 = (
+    "self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2",
+)  # fmt: skip
 
 
-def trained(*, fp8: str, recompute: Any, lora: Lora | None, joined: bool) -> tuple[Any, ...]:
-    """Of the last pass the losses and gradients by name; the passes' calls of the fused kernel."""
+class Watch:
+    """What was called, and whether each largest value that a cast is told is that of its tensor."""
+
+    def __init__(self, llama: Any) -> None:
+        self.added = self.normed = 0
+        # Of the last pass: (number of the layer, linear layer) whose input or gradient was told.
+        self.inputs: set[tuple[int, str]] = set()
+        self.gradients: set[tuple[int, str]] = set()
+        for number, layer in enumerate(llama.decoder.layers):
+            for name in (QKV, PROJ, FC1, FC2):
+                self._look_at(layer.get_submodule(name), (number, name))
+
+    def _look_at(self, linear: Any, place: tuple[int, str]) -> None:
+        def told(way: str, tensor: torch.Tensor) -> bool:
+            quantizer = linear.quantizers[way][0] if linear.fp8_initialized else None
+            if not getattr(quantizer, "use_existing_amax", False):
+                return False
+            largest = float(tensor.detach().abs().max())
+            assert float(quantizer.amax) == largest, (place, way, float(quantizer.amax), largest)
+            return True
+
+        def on_gradient(gradient: torch.Tensor) -> None:
+            if told("scaling_bwd", gradient):
+                self.gradients.add(place)
+
+        def before(_: Any, inputs: tuple[torch.Tensor]) -> None:
+            if told("scaling_fwd", inputs[0]):
+                self.inputs.add(place)
+
+        def after(_: Any, __: Any, output: tuple[torch.Tensor, Any]) -> None:
+            if output[0].requires_grad:
+                output[0].register_hook(on_gradient)
+
+        linear.register_forward_pre_hook(before)
+        linear.register_forward_hook(after)
+
+    def add_and_norm(self, made: Any, *given: Any) -> Any:
+        self.added += 1
+        found = made(*given)
+        # An evaluation that made a graph would keep every layer's stream.
+        assert found[0].requires_grad == torch.is_grad_enabled()
+        return found
+
+    def norm(self, made: Any, *given: Any) -> Any:
+        self.normed += 1
+        return made(*given)
+
+
+def trained(
+    *, fp8: str, recompute: Any, lora: Lora | None, joined: bool
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], Watch]:
+    """Of the last pass the losses and the gradients by name."""
     from tanren.engine import layers, model
     from tanren.engine.lora import add_adapters
 
     config = model.transformer_config(SHAPE, Layout(recompute=recompute), precision="bf16", fp8=fp8)
-    with mock.patch.object(layers, "join", layers.join if joined else lambda *_, **__: None):
+    apart = mock.patch.object(layers, "join", lambda *_, **__: None)
+    with nullcontext() if joined else apart:
         llama = model.build(SHAPE, config)
     if lora is not None:
         add_adapters(llama, lora, seed=1)
@@ -38,37 +94,60 @@ def trained(*, fp8: str, recompute: Any, lora: Lora | None, joined: bool) -> tup
             drawn = torch.randn(weight.shape, generator=generator)
             weight.copy_(1 + drawn / 4 if "norm" in name else drawn / 16)
     wrapped = model.wrap_for_training(llama)
-    tokens = torch.randint(1000, (ROWS, LENGTH + 1), generator=generator).cuda()
-    positions = torch.arange(LENGTH, device="cuda").expand(ROWS, -1)
-    with mock.patch.object(layers, "add_and_norm", wraps=layers.add_and_norm) as fused:
-        for _ in range(PASSES):
+    tokens = torch.randint(1000, (PASSES, ROWS, LENGTH + 1), generator=generator).cuda()
+    positions = torch.arange(LENGTH, device=tokens.device).expand(ROWS, -1)
+    watch = Watch(llama)
+
+    def losses_of(rows: torch.Tensor) -> torch.Tensor:
+        losses: torch.Tensor = wrapped(rows[:, :-1], positions, None, labels=rows[:, 1:])
+        return losses
+
+    def by_way_of(name: str) -> Any:
+        made, looked = getattr(layers, name), getattr(watch, name)
+        return mock.patch.object(layers, name, lambda *given: looked(made, *given))
+
+    with by_way_of("add_and_norm"), by_way_of("norm"):
+        for rows in tokens:
             wrapped.zero_grad_buffer()
-            losses = wrapped(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
+            watch.inputs.clear()
+            watch.gradients.clear()
+            losses = losses_of(rows)
             losses.sum().backward()
-    gradients = {
-        name: weight.main_grad.clone()
-        for name, weight in llama.named_parameters()
-        if weight.requires_grad
-    }
-    before = torch.cuda.memory_allocated()
-    with torch.no_grad():
-        again = wrapped(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
-    assert torch.equal(again, losses) and not again.requires_grad
-    held = torch.cuda.memory_allocated() - before
-    assert held < 2 * ROWS * LENGTH * 256 * 2, held
-    return losses.detach(), gradients, fused.call_count
+        gradients = {
+            name: weight.main_grad.clone()
+            for name, weight in llama.named_parameters()
+            if weight.requires_grad
+        }
+        calls = watch.added, watch.normed
+        with torch.no_grad():
+            again = losses_of(rows)
+    # What the last pass saw scales the next one with delayed scaling.
+    assert fp8 == "delayed" or torch.equal(again, losses)
+    assert not again.requires_grad
+    norms = [module for module in llama.modules() if isinstance(module, layers.Norm)]
+    assert len(norms) == 2 * SHAPE.layers and all(one._ready is None for one in norms)
+    watch.added, watch.normed = calls
+    return losses.detach(), gradients, watch
 
 
 def check(fp8: str = "none", recompute: str = "none", lora: Lora | None = None) -> None:
-    """The same losses to the last bit, gradients to bf16's roundings."""
+    """The same losses to the last bit, gradients to bf16's roundings; all is told that can be."""
     setting: Any = {"fp8": fp8, "recompute": recompute, "lora": lora}
-    losses, gradients, fused = trained(**setting, joined=True)
-    plain_losses, plain, unfused = trained(**setting, joined=False)
-    # Of a layer the sum behind attention, and that behind all MLPs but the last; a layer that is
-    # computed twice is joined to no other.
-    each = 2 * SHAPE.layers if recompute == "full" else 2 * SHAPE.layers - 1
-    assert (fused, unfused) == (PASSES * each, 0), (fused, unfused)
+    losses, gradients, watch = trained(**setting, joined=True)
+    plain_losses, plain, apart = trained(**setting, joined=False)
+    every = range(SHAPE.layers)
+    look_at_calls(watch, apart, again=recompute == "full")
     assert torch.equal(losses, plain_losses), (losses - plain_losses).abs().max()
+    told, of_gradient = set(), set()
+    if fp8 == "tensorwise":
+        told = {(number, name) for number in every for name in (QKV, FC1, FC2)}
+        of_gradient = {(number, name) for number in every for name in (PROJ, FC1)}
+        # The sum behind an MLP is the next layer's to make, if there is one.
+        joined = [] if recompute == "full" else every[:-1]
+        of_gradient |= {(number, FC2) for number in joined}
+    assert watch.inputs == told, watch.inputs ^ told
+    assert watch.gradients == of_gradient, watch.gradients ^ of_gradient
+    assert not apart.inputs and not apart.gradients
     _, true, _ = trained(**setting | {"fp8": "none"}, joined=False)
     worst, by_it, by_fp8 = (
         off(*pair) for pair in ((gradients, plain), (gradients, true), (plain, true))
@@ -76,6 +155,17 @@ def check(fp8: str = "none", recompute: str = "none", lora: Lora | None = None) 
     print(fp8, recompute, "lora" if lora else "", f"{worst:.4f}, off bf16 {by_it:.4f} {by_fp8:.4f}")
     # FP8 has so few numbers that one rounding in bf16 leads to others.
     assert worst < 0.02 if fp8 == "none" else by_it < 1.2 * by_fp8
+
+
+def look_at_calls(joined: Watch, apart: Watch, *, again: bool) -> None:
+    """Of a layer the sum behind attention is joined, and that behind its MLP if a layer comes next;
+    a layer that is computed again is joined to no other. What is joined is never normed apart.
+    """
+    layers = SHAPE.layers
+    times = 2 * PASSES if again else PASSES
+    added, normed = (layers, layers) if again else (2 * layers - 1, 1)
+    assert (joined.added, joined.normed) == (times * added, times * normed)
+    assert (apart.added, apart.normed) == (0, times * 2 * layers)
 
 
 def off(found: dict[str, torch.Tensor], true: dict[str, torch.Tensor]) -> float:

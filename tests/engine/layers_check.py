@@ -15,7 +15,7 @@ from tanren.engine.norm_kernels import add_and_norm, norm
 
 # Groups of keys, queries of each, and the size of a head: of llm-jp-4-8b, and odd ones.
 HEADS = ((8, 4, 128), (1, 1, 64), (3, 2, 24))
-# Of the model: more than a warp's elements and not a power of two; a small one.
+# Rows of no power of two and of one.
 WIDTHS = (1100, 64)
 EPSILON = 1e-2
 
@@ -77,7 +77,9 @@ def check_norm(device: str, width: int, *, frozen: bool) -> None:
     def drawn(*size: int) -> torch.Tensor:
         return torch.randn(*size, device=device, requires_grad=True)
 
-    mine = [drawn(21, 2, width), drawn(21, 2, width), drawn(width)]
+    # A GPU has two programs for each of some hundred multiprocessors, the interpreter four.
+    rows = 301 if device == "cuda" else 21
+    mine = [drawn(rows, 2, width), drawn(rows, 2, width), drawn(width)]
     mine[2].requires_grad_(not frozen)
     theirs = [one.detach().double().requires_grad_() for one in mine]
     largest = torch.full((3, 1), torch.nan, device=device)
