@@ -10,7 +10,7 @@ def import_megatron() -> None:
 
     It hands each of them to torch.compile when it is imported, which imports the compiler: 4 of the
     8 seconds that a training process needs to start. None of them is used: what they fuse has
-    kernels in engine/layers.py and engine/head.py.
+    kernels of ours (engine/kernels.py, norm_kernels.py, head_kernels.py).
     """
     compiler = torch.compile
     torch.compile = lambda function: function  # type: ignore[assignment]

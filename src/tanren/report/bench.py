@@ -11,7 +11,7 @@ from tanren.plan.paths import RunFolder
 
 _NAMES = {
     "gemm": "matrix products", "gemm_fp8": "matrix products, FP8", "attention": "attention",
-    "head": "head: logits and loss", "norm": "norms", "fp8_cast": "FP8 casts",
+    "head": "head: logits and loss", "norm": "norms, sums before them", "fp8_cast": "FP8 casts",
     "optimizer": "optimizer", "elementwise": "elementwise, copies", "other": "other kernels",
     "communication_exposed": "communication, exposed", "data_wait": "waits for data",
     "idle": "idle: no kernel",
