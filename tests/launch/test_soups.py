@@ -271,6 +271,7 @@ def test_a_model_of_the_hub_is_fetched_first(poured: Tanren, fake_hub: Hub) -> N
         assert tensor.equal(load_file(base / "model.safetensors")[name]), name
 
 
+@pytest.mark.long
 def test_training_goes_on_from_a_soup(poured: Tanren) -> None:
     done = poured("merge", str(RECIPE), "--name", "b", sets=BASE_AND_SFT)
     assert done.code == 0, done.text

@@ -106,6 +106,7 @@ def test_a_checkpoint_goes_on_in_another_layout(warm: Warm, once_tuned: Path) ->
         set_back(warm, 4, "sft")
 
 
+@pytest.mark.long
 def test_kill_9_goes_back_to_the_last_whole_checkpoint(tanren: Tanren, once_tuned: Path) -> None:
     """By the real command: the training alone is killed."""
     (tanren.runs / "tiny" / "midtrain").symlink_to(once_tuned / "tiny" / "midtrain")
