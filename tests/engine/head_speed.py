@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from tanren.engine import head, head_kernels
+from tanren.engine.main_grad import add_product
 
 HIDDEN, COLUMNS, REAL = 4096, 196_608, 196_480
 TOKENS = (4096, 8192, 16384)
@@ -45,7 +46,7 @@ class FusedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_logits: torch.Tensor) -> tuple[torch.Tensor, None]:
         (hidden,) = ctx.saved_tensors
-        head.add_product(ctx.weight.main_grad, d_logits, hidden)
+        add_product(ctx.weight.main_grad, d_logits, hidden)
         return d_logits @ ctx.weight, None
 
 
@@ -120,7 +121,7 @@ def products(hidden: torch.Tensor, weight: Any, labels: torch.Tensor) -> Any:
     with torch.no_grad():
         logits = hidden @ weight.T
         d_hidden = logits @ weight
-        head.add_product(weight.main_grad, logits, hidden)
+        add_product(weight.main_grad, logits, hidden)
     return logits[:, 0].float(), d_hidden
 
 

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch.autograd.function import once_differentiable
 
-from tanren.engine.head import already_in_main_grad
+from tanren.engine.main_grad import already_in_main_grad
 
 
 class _Lookup(torch.autograd.Function):

@@ -18,7 +18,8 @@ from tanren.config.model import Model, RopeScaling
 from tanren.config.training import Layout, Lora
 from tanren.engine.embedding import Embedding
 from tanren.engine.flash4 import PACKAGE as FLASH4
-from tanren.engine.head import Head, fuse_without_apex
+from tanren.engine.head import Head
+from tanren.engine.main_grad import fuse_without_apex
 from tanren.engine.packed import block_mask, sequence_params
 
 FP8_RECIPES = {"tensorwise": "tensorwise", "delayed": "delayed", "blockwise": "blockwise"}
