@@ -112,7 +112,8 @@ def test_every_recipe_of_the_repository_is_read() -> None:
         (
             "steps: 320",
             "steps: 320\nstepps: 320",
-            f"midtrain.yaml:8: stepps: is not a field here; the fields are {FIELDS}",
+            "midtrain.yaml:8: stepps: is not a field here (did you mean steps?); the fields are "
+            f"{FIELDS}",
         ),
         (
             "  lr:",
@@ -201,6 +202,13 @@ def test_bytes_that_are_not_text(folder: Folder) -> None:
     assert folder.refusal().startswith("midtrain.yaml: cannot be read: 'utf-8' codec can't decode")
 
 
+def test_a_misspelled_field_comes_before_the_one_that_is_missing(folder: Folder) -> None:
+    folder.write(midtrain=MIDTRAIN.replace("global_batch", "globl_batch"))
+    first, *others = folder.refusal().splitlines()
+    assert first.startswith("midtrain.yaml:6: globl_batch: is not a field here (did you mean glob")
+    assert others == ["  next: also midtrain.yaml:2: global_batch: is missing"]
+
+
 def test_several_mistakes_are_one_message(folder: Folder) -> None:
     text = MIDTRAIN.replace("global_batch: 8", "global_batch: 0").replace("3.0e-3", "5e-5")
     folder.write(midtrain=text.replace("80", "80\n  keep: 2"))
@@ -208,8 +216,8 @@ def test_several_mistakes_are_one_message(folder: Folder) -> None:
         "midtrain.yaml:6: global_batch: 0: input should be greater than 0.\n"
         f"  next: also midtrain.yaml:9: optimizer.lr: '5e-5': input should be a valid number. "
         f"{HINT}\n"
-        "        also midtrain.yaml:13: checkpoints.keep: is not a field here; the fields are "
-        "every_steps, every_minutes, keep_last, keep_every"
+        "        also midtrain.yaml:13: checkpoints.keep: is not a field here (did you mean "
+        "keep_last?); the fields are every_steps, every_minutes, keep_last, keep_every"
     )
 
 
@@ -347,7 +355,8 @@ def test_a_base_in_another_folder(folder: Folder) -> None:
         (
             MIDTRAIN.replace("beta2", "beta3"),
             "base: midtrain.yaml\noptimizer:\n  beta1: 0.5\n",
-            "midtrain.yaml:10: optimizer.beta3: is not a field here; the fields are "
+            "midtrain.yaml:10: optimizer.beta3: is not a field here (did you mean beta2?); the "
+            "fields are "
             f"{OPTIMIZER}.",
         ),
         (
@@ -430,7 +439,15 @@ def test_set_comes_last_and_in_order(folder: Folder) -> None:
             f"--set: optimizer.lr: '5e-5': input should be a valid number. {HINT}.",
         ),
         ("schedule=null", "--set: schedule: None: input should be an object."),
-        ("stepps=3", f"--set: stepps: is not a field here; the fields are {FIELDS}."),
+        (
+            "stepps=3",
+            f"--set: stepps: is not a field here (did you mean steps?); the fields are {FIELDS}.",
+        ),
+        (
+            "optimiser.lr=3",
+            f"--set: optimiser: is not a field here (did you mean optimizer?); the fields are "
+            f"{FIELDS}.",
+        ),
         (
             "optimizer.rate=3",
             f"--set: optimizer.rate: is not a field here; the fields are {OPTIMIZER}.",
@@ -499,8 +516,8 @@ def test_user_toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             "rums = 'a'",
-            "user.toml: rums: is not a field here; the fields are site, group, runs, data, images, "
-            "cache, binds, debian_mirror, tracking.",
+            "user.toml: rums: is not a field here (did you mean runs?); the fields are site, "
+            "group, runs, data, images, cache, binds, debian_mirror, tracking.",
         ),
         ("runs = 3", "user.toml: runs: 3: input should be a valid string."),
         ("runs = /disk", "user.toml: not TOML: Invalid value (at line 1, column 8)."),

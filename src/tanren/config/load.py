@@ -20,6 +20,7 @@ import yaml
 from pydantic import ValidationError
 
 from tanren.config.errors import RequestError
+from tanren.config.explain import Location, explain, value_at
 from tanren.config.fields import Strict
 from tanren.config.model import Model
 from tanren.config.schema import STAGES, Recipe
@@ -30,10 +31,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Location = tuple[str | int, ...]
 M = TypeVar("M", bound=Strict)
-
-FLOAT_HINT = "YAML reads a number such as 5e-5 as text: write 5.0e-5"
 
 
 class _Loader(yaml.SafeLoader):
@@ -204,7 +202,9 @@ def read_recipe(path: Path, variant: str | None, assignments: list[str]) -> tupl
         for key in reversed(keys):
             nested = {key: nested}
         values = merge(values, nested)
-        places = _overlay(places, _places_of(nested, (), "--set"), values)
+        # A section that only --set names was not written in the file.
+        sections = {keys[:length]: "--set" for length in range(1, len(keys))}
+        places = _overlay(sections | places, _places_of(nested, (), "--set"), values)
     changed = Document(document.path, values, places)
     return stage, cast(Recipe, validate(changed, STAGES[stage]))
 
@@ -255,9 +255,7 @@ def _overlay(
     below: dict[Location, str], above: dict[Location, str], values: dict[str, Any]
 ) -> dict[Location, str]:
     """The places of two merged files; what was inside a replaced value is forgotten."""
-    replaced = {
-        where for where in above if where and not isinstance(_value_at(values, where), dict)
-    }
+    replaced = {where for where in above if where and not isinstance(value_at(values, where), dict)}
     kept = {
         where: place
         for where, place in below.items()
@@ -292,71 +290,10 @@ def validate(document: Document, model: type[M]) -> M:
         # JSON is pydantic's strict mode for files: a list is a tuple, text is never a number.
         return model.model_validate_json(orjson.dumps(document.values))
     except ValidationError as error:
-        problems = [_explain(document, model, item) for item in error.errors()]
+        problems = explain(document, model, error.errors())
     place, problem = problems[0]
     others = [f"also {where}: {what}" for where, what in problems[1:]]
     raise RequestError(place, problem, "\n        ".join(others))
-
-
-def _value_at(values: dict[str, Any], location: Location) -> Any:
-    value: Any = values
-    for part in location:
-        try:
-            value = value[part]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return value
-
-
-def _looks_like_float(value: object) -> bool:
-    try:
-        return isinstance(value, str) and float(value) is not None
-    except ValueError:
-        return False
-
-
-def _explain(document: Document, model: type[Strict], item: Any) -> tuple[str, str]:
-    location: Location = _without_branch(document, tuple(item["loc"]))
-    kind, message = item["type"], item["msg"]
-    if kind == "extra_forbidden":
-        parent = _model_at(model, location[:-1])
-        known = ", ".join(parent.model_fields) if parent else ""
-        return document.place(location), "is not a field here" + (
-            f"; the fields are {known}" if known else ""
-        )
-    if kind == "missing":
-        return document.place(location), "is missing"
-    if kind == "value_error":
-        return document.place(location), message.removeprefix("Value error, ")
-    value = _value_at(document.values, location)
-    hint = f". {FLOAT_HINT}" if _looks_like_float(value) else ""
-    return document.place(location), f"{value!r}: {message[0].lower()}{message[1:]}{hint}"
-
-
-def _without_branch(document: Document, location: Location) -> Location:
-    """Pydantic ends the place of `int | "latest"` with the branch, which is no field."""
-    leaf = location[:-1]
-    scalar = leaf and not isinstance(_value_at(document.values, leaf), dict | list | type(None))
-    return leaf if scalar else location
-
-
-def _model_at(model: type[Strict], location: Location) -> type[Strict] | None:
-    """The model behind a nested field, to name the fields that it has."""
-    for part in location:
-        if isinstance(part, int):
-            continue
-        field = model.model_fields.get(str(part))
-        if field is None:
-            return None
-        nested = [
-            kind
-            for kind in (field.annotation, *getattr(field.annotation, "__args__", ()))
-            if isinstance(kind, type) and issubclass(kind, Strict)
-        ]
-        if not nested:
-            return None
-        model = nested[0]
-    return model
 
 
 def _similar_files(path: Path) -> str:
