@@ -144,12 +144,29 @@ def test_the_hours_of_a_recipe_that_was_measured_are_from_that() -> None:
     wanted = recipe("steps=3600", "global_batch=16", "micro_batch=1")
     assert wanted.measured is not None
     batch = make_batch(wanted, 2, "here", steps=3600)
-    found = estimated_hours(EIGHT, wanted, batch.tokens, Gpu("Other", 80.0), 2)
+    found = estimated_hours(EIGHT, wanted, batch.tokens, Gpu("NVIDIA H200 NVL", 139.8), 2)
     # 3600 x 16 x 4096 tokens at 2 x 50,972 a second.
     assert found == (
         pytest.approx(0.6429, rel=0.001),
         "at 50,972 tokens/s a GPU, measured on 1 x H200",
     )
+
+
+@pytest.mark.parametrize(
+    ("sets", "gpu"),
+    [
+        ((), "NVIDIA H100"),
+        (("fp8=delayed",), "NVIDIA H200"),
+        (("sequence_length=8192",), "NVIDIA H200"),
+        (("layout.tensor=2",), "NVIDIA H200"),
+        (("layout.recompute=full",), "NVIDIA H200"),
+    ],
+)
+def test_what_was_measured_says_nothing_of_other_runs(sets: tuple[str, ...], gpu: str) -> None:
+    wanted = recipe("steps=3600", "global_batch=16", "micro_batch=1", *sets)
+    found = estimated_hours(EIGHT, wanted, 3600 * 16 * 4096, Gpu(gpu, 139.8), 2)
+    assert found is not None
+    assert found[1].endswith("an assumption")
 
 
 def chosen(gpus: int, *sets: str, gpu: Gpu = H200) -> tuple[object, object]:

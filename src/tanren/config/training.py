@@ -188,11 +188,21 @@ class Evaluation(Strict):
     sequences: Positive
 
 
+Fp8 = Literal["none", "tensorwise", "delayed", "blockwise"]
+
+
 class Measured(Strict):
-    """What a recipe's training was measured at, for the plan's estimate of its hours."""
+    """What a recipe's training was measured at, for the plan's estimate of its hours.
+
+    `on` says it in words; it holds for GPUs whose name begins with `gpu`, for this length and this
+    scaling, without adapters, model parallelism and recomputation.
+    """
 
     tokens_per_second_per_gpu: PositiveFloat
     on: str
+    gpu: str
+    sequence_length: Positive
+    fp8: Fp8 = "none"
 
 
 class Wandb(Strict):
@@ -229,7 +239,7 @@ class Training(Strict):
     main_gradients: Literal["auto", "fp32", "bf16"] = "auto"
     steps: Positive | None = None
     precision: Literal["auto", "bf16", "fp32"] = "bf16"
-    fp8: Literal["none", "tensorwise", "delayed", "blockwise"] = "none"
+    fp8: Fp8 = "none"
     attention: Literal["auto", "te", "flash4"] = "auto"
     optimizer: Optimizer
     schedule: Schedule = Schedule()

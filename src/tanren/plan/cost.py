@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
-from tanren.config.training import Training
+from tanren.config.training import Measured, Training, Tuning
 from tanren.plan.memory import RESERVED_GIB, Memory, training_memory
 
 # Peak of dense bf16 matrix products in TFLOP/s (NVIDIA's data sheets), by the name's beginning.
@@ -36,9 +36,10 @@ def estimated_hours(
 ) -> tuple[float, str] | None:
     """Hours of pure training and where they are from; None for an unknown GPU.
 
-    From what the recipe says it was measured at, else from the model's FLOPs and an assumed share.
+    From what the recipe says it was measured at, where that is what runs, else from the model's
+    FLOPs and an assumed share.
     """
-    if recipe.measured is not None:
+    if recipe.measured is not None and _measured_so(recipe, recipe.measured, gpu):
         rate = recipe.measured.tokens_per_second_per_gpu
         return tokens / (rate * gpus) / 3600, (
             f"at {rate:,.0f} tokens/s a GPU, measured on {recipe.measured.on}"
@@ -49,6 +50,17 @@ def estimated_hours(
     share = ASSUMED_SHARE["none" if recipe.fp8 == "none" else "fp8"]
     seconds = model.flops_per_token(recipe.sequence_length) * tokens / (peak * 1e12 * share * gpus)
     return seconds / 3600, f"at {share:.0%} of {gpus} x {peak:,.0f} TFLOP/s, an assumption"
+
+
+def _measured_so(recipe: Training, measured: Measured, gpu: Gpu) -> bool:
+    adapters = isinstance(recipe, Tuning) and recipe.lora is not None
+    return (
+        gpu.name.startswith(measured.gpu)
+        and (measured.fp8, measured.sequence_length) == (recipe.fp8, recipe.sequence_length)
+        and recipe.layout.model_parallel == 1
+        and recipe.layout.recompute == "none"
+        and not adapters
+    )
 
 
 AnyTraining = TypeVar("AnyTraining", bound=Training)
