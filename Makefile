@@ -2,6 +2,13 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
+# A misspelled NODE=2 would be ignored, and paid for.
+known := A AFTER ALLOW_DIRTY B BASE BIND CHAIN CONTROL FOLLOW FORCE FP8 GPUS HOST_ONLY HOURS IMAGE ITER LIMIT MAX_TOKENS N NAME NODES NOW PARTS PROMPT PROMPTS QUESTION REAL RESERVATION RUN RUNTIME SAVE SET SITE STAGE STAGES STEPS TASK TASKS TEMPERATURE TYPE UPDATE UPGRADE VARIANT VERIFY WITH
+passed := CI DATA DEBIAN_MIRROR IMAGES PYTHON RUNS SHELL TMPDIR CUDA_% HF_% MAKE% PIP_% TANREN_% WANDB_%
+given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v)))
+strange := $(filter-out $(known) $(passed),$(given))
+$(if $(strip $(strange)),$(error there is no variable $(strip $(strange)); make help shows those that there are))
+
 TASK ?= tiny
 STAGE ?= midtrain
 job = $(if $(SITE),--site '$(SITE)') $(if $(NODES),--nodes $(NODES)) $(if $(HOURS),--hours $(HOURS)) $(if $(TYPE),--type '$(TYPE)') $(if $(RESERVATION),--reservation '$(RESERVATION)')

@@ -116,8 +116,26 @@ def check_make(words: list[str]) -> None:
         check_tanren(parsed)
 
 
+def test_make_knows_the_variables_that_it_reads_and_no_others() -> None:
+    (line,) = (line for line in MAKEFILE.splitlines() if line.startswith("known := "))
+    known = line.removeprefix("known := ").split()
+    read = set(re.findall(r"\$[({]([A-Z][A-Z0-9_]*)[)},]", MAKEFILE)) | {"PROMPT", "QUESTION"}
+    assert known == sorted(read - {"MAKEFILE_LIST"})
+
+
+@pytest.mark.parametrize("given", [["NODE=2"], ["NODES=2", "NAEM=x"]])
+def test_a_variable_that_make_does_not_know_is_refused(given: list[str]) -> None:
+    asked = ["make", "-n", "plan", "SET=a=b c=d", "PIP_INDEX_URL=x", *given]
+    done = subprocess.run(asked, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    name = given[-1].split("=")[0]
+    assert f"there is no variable {name}; make help shows those that there are" in done.stderr
+    known = subprocess.run(asked[:-1], cwd=REPOSITORY, capture_output=True, check=False)
+    assert known.returncode == 0
+
+
 def check_tanren(words: list[str]) -> None:
-    if words and words[0] in STAND_IN:
+    if not words or words[0] in STAND_IN:
         return
     if len(words) == 1 and " " not in words[0] and words[0] in TANREN.commands:
         return  # a verb that a sentence names

@@ -255,6 +255,21 @@ def is_locked(path: Path) -> bool:
         return False
 
 
+def make(folder: RunFolder) -> None:
+    """Make a run's folder.
+
+    Raises:
+        RequestError: it cannot be made.
+    """
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(
+            folder.root, f"cannot be made: {error.strerror}",
+            "RUNS=/another/folder, or runs in user.toml, says where run folders go",
+        ) from None  # fmt: skip
+
+
 @contextmanager
 def locked(path: Path, *, wait_seconds: float = 0.0) -> Iterator[int]:
     """Hold an exclusive lock on a file, shared with the processes that inherit it.

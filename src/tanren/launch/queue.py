@@ -240,7 +240,7 @@ def submit(
         RequestError: the scheduler refuses. WorkError: it does not answer; nothing is lost.
     """
     folder = plan.folder
-    folder.root.mkdir(parents=True, exist_ok=True)
+    runs.make(folder)
     (folder.root / "log").mkdir(exist_ok=True)
     with runs.locked(folder.root / ".submit", wait_seconds=60):
         live = live_jobs(folder)

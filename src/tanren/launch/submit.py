@@ -198,7 +198,7 @@ def start(
     if plan.launch.own and inside is None:
         OWN[plan.launch.own].require()
     folder = plan.folder
-    folder.root.mkdir(parents=True, exist_ok=True)
+    runs.make(folder)
     with runs.locked(folder.lock) as lock:
         if look(plan).done:
             return None  # by a command that ended between our look and our lock
