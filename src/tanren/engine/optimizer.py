@@ -49,7 +49,7 @@ def build_optimizer(
 
     Norm weights are not decayed (megatron-core's rule: no decay for one-dimensional parameters).
 
-    On a GPU in bf16 Transformer Engine's Adam reads gradients in the type that they are in, keeps
+    On a GPU in bf16 `tanren.engine.adam` reads gradients in the type that they are in, keeps
     the moments in theirs, and of the fp32 master weights the 16 bits that bf16 has not.
     """
     kept: dict[str, Any] = {}
