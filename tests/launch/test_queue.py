@@ -365,6 +365,17 @@ def test_what_the_site_has_not_is_refused_before_anything_is_submitted(
     assert not cluster.queue.exists()
 
 
+def test_a_plan_says_what_the_submission_would_refuse(cluster: Cluster) -> None:
+    cluster.tanren.environment["IMAGES"] = str(cluster.runs.parent)
+    said = "holds no image for GPUs (train.sif), which the job needs: make build-image IMAGE=train"
+    words = ("plan", str(RECIPES / "midtrain.yaml"), "--site", str(cluster.site), "--type")
+    for runtime, kind, there in (("", "gpu", True), ("native", "gpu", False), ("", "cpu", False)):
+        cluster.tanren.environment["RUNTIME"] = runtime
+        done = cluster.tanren(*words, kind, *(("--runtime", runtime) if runtime else ()))
+        assert done.code == 0, done.text
+        assert (said in done.out) == there, done.out
+
+
 def test_the_limits_of_abci_name_what_fits() -> None:
     abci = read_site("abci3")
 

@@ -247,6 +247,13 @@ def test_a_following_stage_needs_no_variant_of_its_own(task: Path) -> None:
         reading.read_request(Order(task / "export.yaml", "big"))
 
 
+def test_a_run_folder_that_cannot_be_made_is_no_crash(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(RequestError) as error:
+        runs.make(RunFolder(tmp_path / "runs" / "tiny" / "midtrain"))
+    assert "midtrain: cannot be made: Not a directory.\n  next: RUNS=" in str(error.value)
+
+
 def test_a_path_below_the_current_folder_is_shown_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     assert orders.shown(RECIPES / "midtrain.yaml") == "recipes/tiny/midtrain.yaml"

@@ -147,6 +147,11 @@ def plan(
         text = queue.script(cut[0][1].folder, place, request.task)
         scripts.insert(0, (f"job script for {place.site.scheduler}, part 1 of {parts}", text))
     notes = fetching.notes(request.recipe, request.task)
+    if place:
+        try:
+            clusters.refuse_without_image(order, planned, place, inside)
+        except RequestError as error:
+            notes.append(f"{error.place} {error.problem}: {error.next_step}")
     print_plan(planned, state, place, notes, scripts, terminal.console(), parts or 0)
     if refusal is not None:
         raise refusal

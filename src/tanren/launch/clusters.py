@@ -13,10 +13,11 @@ from tanren import provenance, runs
 from tanren.config.errors import RequestError, TanrenError
 from tanren.config.load import read_user, repository
 from tanren.launch import container, fetching, orders, parts, queue, reading, soups, submit
+from tanren.launch.container import Container
 from tanren.launch.orders import Order, shown
 from tanren.plan.make import make_plan
 from tanren.plan.paths import APART_STAGES, RunFolder
-from tanren.plan.plan import Request, product_behind, read_plan, references
+from tanren.plan.plan import Plan, Request, product_behind, read_plan, references
 from tanren.plan.site import Place
 
 
@@ -75,16 +76,10 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
         say(f"note: {note}")
     submit.check_disk(plan)
     inside = submit.container_for(order, request, place.type.gpus)
-    image = container.default_image(place.type.gpus, plan.launch.own).name
     if plan.stage in APART_STAGES or plan.launch.own == "merge":
         submit.make_ready(plan.stage, inside)
-    elif inside is None and place.type.gpus and order.runtime != "native":
-        raise RequestError(
-            container.images_folder(),
-            f"holds no image for GPUs ({image}.sif), which the job needs",
-            f"make build-image IMAGE={image}, or RUNTIME=native where its Python has Transformer "
-            "Engine",
-        )  # fmt: skip
+    else:
+        refuse_without_image(order, plan, place, inside)
     after, others = queue.after_jobs(dict.fromkeys(waits), place, request.runs)
     # Grid Engine starts a job after any end of another; the job itself looks at these.
     must_be_done = tuple(dict.fromkeys([*made_first, *others]))
@@ -100,6 +95,23 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
     say(f"  log      {shown(plan.folder.root / 'log')}   (make status; make logs RUN="
         f"{request.task}/{plan.folder.root.name})")  # fmt: skip
     return sent.ids
+
+
+def refuse_without_image(order: Order, plan: Plan, place: Place, inside: Container | None) -> None:
+    """Refuse a job on GPUs that has no image to run in, unless that is wanted.
+
+    Raises:
+        RequestError: naming the image, and how it is made.
+    """
+    apart = plan.stage in APART_STAGES or plan.launch.own == "merge"
+    if inside is None and place.type.gpus and order.runtime != "native" and not apart:
+        image = container.default_image(place.type.gpus, plan.launch.own).name
+        raise RequestError(
+            container.images_folder(),
+            f"holds no image for GPUs ({image}.sif), which the job needs",
+            f"make build-image IMAGE={image}, or RUNTIME=native where its Python has Transformer "
+            "Engine",
+        )  # fmt: skip
 
 
 def _refuse_unfetched(order: Order, request: Request, needs: bool) -> None:
