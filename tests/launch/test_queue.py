@@ -237,6 +237,7 @@ def test_a_job_runs_what_was_asked_for_when_it_was_submitted(cluster: Cluster) -
     assert (folder.root / "passport.json").exists()
 
 
+@pytest.mark.long
 def test_a_bench_is_a_job_whose_log_ends_with_its_table(empty: Cluster) -> None:
     sets = ("precision=fp32", "sequence_length=64")
     words = ("bench", str(RECIPES / "midtrain.yaml"), "--type", "cpu", "--steps", "4")

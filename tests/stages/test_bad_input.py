@@ -31,7 +31,10 @@ def refused(done: Finished, code: int, place: str, problem: str) -> str:
 @pytest.mark.parametrize(
     ("assignment", "problem"),
     [
-        ("stepps=3", "is not a field here; the fields are model, init, sequence_length"),
+        (
+            "stepps=3",
+            "is not a field here (did you mean steps?); the fields are model, init, ",
+        ),
         ("optimizer.lr=fast", "'fast': input should be a valid number"),
         ("optimizer.lr=5e-5", "YAML reads a number such as 5e-5 as text: write 5.0e-5"),
         ("steps=1:30:00", "YAML reads 1:30:00 as 5400"),

@@ -50,6 +50,7 @@ def assert_same_curve(mine: Tanren, theirs: Tanren) -> None:
         assert found == pytest.approx(curve(theirs, "dpo", key), rel=2e-5, abs=2e-6), key
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_processes_train_what_one_does(warm: Warm, once_tuned: Path, layout: str) -> None:
     """Also the reference: each layout knows the same weights by the same name, and reads theirs."""
