@@ -6,6 +6,8 @@ On a CPU with TRITON_INTERPRET=1, which Triton must find when it is imported.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,13 +56,20 @@ def check_rotation(device: str, groups: int, queries: int, width: int) -> None:
         split[..., queries + 1, :],
     )
     found = split_and_rotate(mine, angles, groups)
+    near = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
+    compare(found, expected, near)
+    torch.testing.assert_close(mine.grad, theirs.grad, **near)
+
+
+def compare(
+    found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], near: dict[str, Any]
+) -> None:
+    """Results; and go back from both with the same random gradients."""
     upstream = [torch.randn_like(one) for one in found]
     torch.autograd.backward(found, upstream)
     torch.autograd.backward(expected, [one.double() for one in upstream])
-    near = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, **near)
-    torch.testing.assert_close(mine.grad, theirs.grad, **near)
 
 
 def turned(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
@@ -90,12 +99,8 @@ def check_norm(device: str, width: int, *, frozen: bool) -> None:
     summed = theirs[0] + theirs[1]
     expected = [true_norm(theirs[0], theirs[2]), summed, true_norm(summed, theirs[2])]
     found = [first, total, second]
-    upstream = [torch.randn_like(one) for one in found]
-    torch.autograd.backward(found, upstream)
-    torch.autograd.backward(expected, [one.double() for one in upstream])
     near = {"rtol": 1e-5, "atol": 1e-4, "check_dtype": False}
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, **near)
+    compare(found, expected, near)
     for one, other in zip(mine[: 2 if frozen else 3], theirs, strict=False):
         torch.testing.assert_close(one.grad, other.grad, **near)
     assert not frozen or mine[2].grad is None

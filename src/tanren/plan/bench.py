@@ -102,8 +102,7 @@ def least_work(
     The FLOP are the model's (see `Model.flops`), with an equal part of them for each GPU. Bytes are
     counted as if each kernel did all that can be done in one pass over its tensors: residual
     additions with the norms behind them, SwiGLU and rotary embedding, the logits read and written
-    once; of the optimizer the
-    gradients' zeroing, their norm and the update.
+    once; of the optimizer the gradients' zeroing, their norm and the update.
 
     Args:
         tokens: of all GPUs, as `predicted` (they go through the output layer) and `flops` are.
