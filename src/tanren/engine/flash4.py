@@ -10,6 +10,7 @@ Transformer Engine offers it: megatron-core 0.16.1 wants one before 2.12.
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -86,6 +87,17 @@ def takes(packed: PackedSeqParams | None) -> bool:
     return segments <= MOST_SEGMENTS and packed.max_seqlen_q > TILE
 
 
+@cache
+def _interface() -> Any:
+    """The package's own, imported at the first call: it takes seconds."""
+    from flash_attn.cute import interface
+    from flash_attn.cute.cache_utils import JITPersistentCache
+
+    # Ranks wait for one another's locks in the cache, and 15 s are few for many of them.
+    JITPersistentCache.LOCK_TIMEOUT_SECONDS = 600
+    return interface
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -93,15 +105,12 @@ class _Attention(torch.autograd.Function):
         segments: dict[str, Any],
     ) -> torch.Tensor:  # fmt: skip
         """See `attend`."""
-        from flash_attn.cute.cache_utils import JITPersistentCache
-        from flash_attn.cute.interface import _flash_attn_fwd
-
-        # Ranks wait for one another's locks in the cache, and 15 s are few for many of them.
-        JITPersistentCache.LOCK_TIMEOUT_SECONDS = 600
         # In the order of what comes after it, so that nothing is copied.
         result = torch.empty_like(query)
         q, k, v, out = (_rows(one) for one in (query, key, value, result))
-        _, logs, *_ = _flash_attn_fwd(q, k, v, causal=True, return_lse=True, out=out, **segments)
+        _, logs, *_ = _interface()._flash_attn_fwd(
+            q, k, v, causal=True, return_lse=True, out=out, **segments
+        )
         ctx.save_for_backward(query, key, value, result, logs)
         ctx.segments = segments
         return result
@@ -109,13 +118,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        from flash_attn.cute.interface import _flash_attn_bwd
-
         query, key, value, result, logs = ctx.saved_tensors
         gradients = tuple(torch.empty_like(one) for one in (query, key, value))
         dq, dk, dv = (_rows(one) for one in gradients)
         q, k, v, out, d_out = (_rows(one) for one in (query, key, value, result, gradient))
-        _flash_attn_bwd(q, k, v, out, d_out, logs, causal=True, dq=dq, dk=dk, dv=dv, **ctx.segments)
+        _interface()._flash_attn_bwd(
+            q, k, v, out, d_out, logs, causal=True, dq=dq, dk=dk, dv=dv, **ctx.segments
+        )
         return *gradients, None
 
 
