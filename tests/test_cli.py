@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tanren import runs
+from tanren.plan.paths import RunFolder
 from tests.conftest import RECIPES, REPOSITORY, Tanren
 
 STAGES = ("preprocess", "convert", "midtrain", "export")
@@ -81,6 +83,17 @@ def test_a_variants_file_is_the_variant(bare: Tanren, tmp_path: Path) -> None:
         assert done.out.splitlines()[0].split()[-1] == str(bare.runs / "tiny" / ending)
     done = bare("midtrain", str(variant))
     assert f"tanren: {bare.runs / 'tiny' / 'midtrain.big'}: stands on preprocess" in done.err
+
+
+def test_a_plan_says_that_the_run_is_at_work(bare: Tanren) -> None:
+    plan = ("plan", str(RECIPES / "midtrain.yaml"), "--bind", "/data")
+    folder = RunFolder(bare.runs / "tiny" / "midtrain")
+    runs.make(folder)
+    with runs.locked(folder.lock):
+        lines = bare(*plan).out.splitlines()
+    assert lines[1].split(maxsplit=1)[1].startswith("new; running now; preprocess, convert must")
+    assert "note           BIND=/data changes nothing: the stage runs in no container" in lines
+    assert "running now" not in bare(*plan).out
 
 
 def test_a_base_that_is_still_to_be_given_stops_everything_before_it(bare: Tanren) -> None:

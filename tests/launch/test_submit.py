@@ -7,13 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tanren import runs
+from tanren.cli.run import run_stage
 from tanren.config.errors import RequestError
 from tanren.launch import orders, reading, submit
 from tanren.launch.orders import Order
 from tanren.plan.make import make_plan
 from tanren.plan.paths import RunFolder
+from tanren.report import terminal
 from tests.conftest import RECIPES, REPOSITORY
 
 
@@ -252,6 +255,44 @@ def test_a_run_folder_that_cannot_be_made_is_no_crash(tmp_path: Path) -> None:
     with pytest.raises(RequestError) as error:
         runs.make(RunFolder(tmp_path / "runs" / "tiny" / "midtrain"))
     assert "midtrain: cannot be made: Not a directory.\n  next: RUNS=" in str(error.value)
+
+
+def test_too_small_a_disk_is_said_before_hours_of_preparation(
+    task: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")._replace(free=2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    order = Order(task / "midtrain.yaml", runtime="native", site="local")
+    with pytest.raises(RequestError, match=r"has 0.0 GiB free, and the checkpoints of this run"):
+        run_stage(order, True, Console())
+    assert not (task.parent / "runs").exists()
+    # A run that is done needs no more of it.
+    finish(task, "midtrain", {"iteration": 320}, "checkpoints")
+    monkeypatch.setattr(reading, "missing", lambda *_: [])
+    monkeypatch.setattr(terminal, "summary", lambda *_: None)
+    assert run_stage(order, True, Console()) == ()
+
+
+def test_months_on_cpus_are_refused_but_where_the_run_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    order = Order(REPOSITORY / "recipes" / "llmjp4-8b" / "midtrain.yaml", site="local")
+    with pytest.raises(RequestError, match="606 days on CPUs"):
+        run_stage(order, True, Console())
+    request = reading.read_request(order)
+    runs.make(request.folder)
+    runs.mark_done(request.folder, {"identity": "m"})
+    orders.refuse_start(order, request)
+
+
+def test_folders_for_a_container_are_noted_where_there_is_none(task: Path) -> None:
+    order = Order(task / "midtrain.yaml", binds=("/data", "/gs"))
+    assert submit.idle_binds(order, None) == [
+        "BIND=/data /gs changes nothing: the stage runs in no container"
+    ]
+    assert submit.idle_binds(Order(task / "midtrain.yaml"), None) == []
 
 
 def test_a_path_below_the_current_folder_is_shown_short(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from tanren.plan.plan import (
     reference,
     stage_of,
 )
+from tanren.plan.training import refuse_processors
 from tests.conftest import RECIPES, REPOSITORY
 
 LAPTOP = Machine(cores=2)
@@ -95,6 +96,29 @@ def test_a_base_to_be_given_is_planned_without_it() -> None:
     )
     given = midtrain("init=checkpoint:/base/iter_0000500")
     assert (given.start, given.notes) == ("checkpoint:/base/iter_0000500", ())
+
+
+def test_months_of_work_are_refused_where_there_are_no_gpus() -> None:
+    path = REPOSITORY / "recipes" / "llmjp4-8b" / "midtrain.yaml"
+    _, recipe = read_recipe(path, None, [])
+    big = Request(task="llmjp4-8b", stage="midtrain", recipe=recipe, recipe_file=path,
+                  runs=Path("/runs"), machine=LAPTOP, model=read_model("llmjp4-8b"))  # fmt: skip
+    with pytest.raises(RequestError) as refused:
+        refuse_processors(big)
+    # 1.049e9 tokens of 49.93 GFLOP at 1 TFLOP/s.
+    assert refused.value.problem.startswith("5.2e+19 FLOP are 606 days on CPUs")
+    assert refused.value.problem.endswith("there are no GPUs")
+    assert refused.value.next_step.endswith('SET="steps=24"')
+    _, short = read_recipe(path, None, ["steps=24", "schedule.decay_steps=5"])
+    refuse_processors(replace(big, recipe=short))
+    with pytest.raises(RequestError, match="are 61 days on CPUs"):
+        refuse_processors(replace(big, machine=replace(LAPTOP, nodes=10)))
+    refuse_processors(replace(big, machine=replace(LAPTOP, nodes=21)))
+    refuse_processors(replace(big, machine=Machine(gpus=1)))
+    refuse_processors(request())
+    with pytest.raises(RequestError, match="its 8 GPUs need Transformer Engine") as refused:
+        refuse_processors(replace(big, machine=Machine(idle_gpus=8)))
+    assert refused.value.next_step.startswith("make build-image")
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from tanren import runs
 from tanren.data.fetch import Progress
+from tanren.launch.clusters import Row
 from tanren.plan.make import make_plan
 from tanren.plan.paths import RunFolder
 from tanren.report import terminal
@@ -35,6 +37,19 @@ def test_tail_gives_whole_lines_once(tmp_path: Path) -> None:
     assert tail.read() == [{"step": 2}, {"step": 3}]
     assert tail.read() == []
     assert terminal.Tail(path).read() == []
+
+
+def test_status_draws_the_training_not_the_bench_behind_it(tmp_path: Path) -> None:
+    rows = []
+    for run in ("tiny/midtrain", "tiny/bench.midtrain"):
+        folder = RunFolder(tmp_path / run)
+        folder.root.mkdir(parents=True)
+        folder.metrics.write_bytes(b'{"step": 1, "loss": 5.0, "seconds": 1.0}\n' * 2)
+        rows.append(Row(run, "done", loss=5.0))
+    os.utime(RunFolder(tmp_path / "tiny/midtrain").metrics, (1, 1))
+    screen = io.StringIO()
+    terminal.print_status(rows, tmp_path, Console(file=screen, width=80))
+    assert "the loss of tiny/midtrain\n" in screen.getvalue()
 
 
 def step(number: int, seconds: float = 0.5) -> dict[str, float]:

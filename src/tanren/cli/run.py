@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tanren.launch.orders import Order
+    from tanren.plan.plan import Request
 
 
 def run_order(order: Order, needs: bool, then: str | None) -> None:
@@ -44,8 +45,9 @@ def run_stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
     if place is not None:
         return clusters.send(order, place, needs, screen.print)
     request = reading.read_request(order)
-    orders.refuse_given(order, request.recipe)
+    orders.refuse_start(order, request)
     if needs:
+        _refuse_early(request)
         for needed in reading.missing(order, request):
             run_stage(needed, True, screen)
         request = reading.read_request(order)
@@ -73,6 +75,8 @@ def run_stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
         planned = make_plan(request)
     inside = submit.container_for(order, request)
     submit.make_ready(planned.stage, inside)
+    for note in submit.idle_binds(order, inside):
+        screen.print(f"note: {note}", markup=False, highlight=False)
     if request.machine.idle_gpus and planned.launch.engine:
         screen.print(
             f"{request.machine.idle_gpus} GPUs stay idle: the engine needs Transformer Engine for "
@@ -90,3 +94,17 @@ def run_stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
         raise ending
     terminal.summary(planned, screen)
     return ()
+
+
+def _refuse_early(request: Request) -> None:
+    """Refuse what does not fit its machine or its disk before hours of preparation."""
+    from tanren.launch import submit
+    from tanren.plan.make import make_plan
+    from tanren.plan.midtrain import LengthUnknownError
+
+    try:
+        planned = make_plan(request)
+    except LengthUnknownError:
+        return
+    if not planned.folder.done.exists():
+        submit.check_disk(planned)

@@ -127,6 +127,9 @@ def plan(
         )
     except RequestError as error:
         refusal, state = error, "would be refused, see below"
+    now, jobs = clusters.state_of(planned.folder)
+    if now in clusters.GOING:
+        state += f"; {now} now{', job ' + ', '.join(jobs) if jobs else ''}"
     waiting = [needed.recipe_file.stem for needed in reading.missing(order, request)]
     if waiting:
         state += f"; {', '.join(waiting)} must be made first (make does it, or --needs)"
@@ -146,7 +149,7 @@ def plan(
         state += f"; {done} of {parts} parts are done" if done else ""
         text = queue.script(cut[0][1].folder, place, request.task)
         scripts.insert(0, (f"job script for {place.site.scheduler}, part 1 of {parts}", text))
-    notes = fetching.notes(request.recipe, request.task)
+    notes = [*fetching.notes(request.recipe, request.task), *submit.idle_binds(order, inside)]
     if place:
         try:
             clusters.refuse_without_image(order, planned, place, inside)

@@ -53,7 +53,7 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
         its jobs; none when it is done already.
     """
     request = reading.read_request(order, queue.machine_of(place))
-    orders.refuse_given(order, request.recipe)
+    orders.refuse_start(order, request)
     # Before anything is submitted: what does not fit is refused here.
     plan = make_plan(request)
     start = submit.look(plan)
@@ -80,6 +80,8 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
         submit.make_ready(plan.stage, inside)
     else:
         refuse_without_image(order, plan, place, inside)
+    for note in submit.idle_binds(order, inside):
+        say(f"note: {note}")
     after, others = queue.after_jobs(dict.fromkeys(waits), place, request.runs)
     # Grid Engine starts a job after any end of another; the job itself looks at these.
     must_be_done = tuple(dict.fromkeys([*made_first, *others]))
@@ -154,6 +156,10 @@ class Row:
     rate: float | None = None
     left: float | None = None
     last: str = ""
+
+
+# States of a run that something is at work on, or will be.
+GOING = ("running", "queued", "waiting")
 
 
 def status(root: Path) -> list[Row]:

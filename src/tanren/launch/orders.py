@@ -14,6 +14,7 @@ from tanren.config.schema import Recipe
 from tanren.config.training import Training
 from tanren.plan import training
 from tanren.plan.bench import Bench, bench_recipe
+from tanren.plan.plan import Request
 from tanren.plan.site import Wish
 
 
@@ -93,6 +94,17 @@ def refuse_given(order: Order, recipe: Recipe) -> None:
     """
     if isinstance(recipe, Training):
         training.refuse_given(recipe, str(order.recipe_file))
+
+
+def refuse_start(order: Order, request: Request) -> None:
+    """Refuse what cannot become of anything before something is made for it.
+
+    Raises:
+        RequestError: the base is not named, or there are no GPUs for months of work.
+    """
+    refuse_given(order, request.recipe)
+    if not request.folder.done.exists():
+        training.refuse_processors(request)
 
 
 def check_name(value: str, option: str = "--name", also: str = "-") -> None:

@@ -145,6 +145,13 @@ def container_for(
     return replace(inside, binds=container.binds(request.recipe, request.runs, order.binds))
 
 
+def idle_binds(order: Order, inside: Container | None) -> list[str]:
+    """A note on BIND= where there is no container that it could mean; none else."""
+    if inside is not None or not order.binds:
+        return []
+    return [f"BIND={' '.join(order.binds)} changes nothing: the stage runs in no container"]
+
+
 def make_ready(stage: str, inside: Container | None) -> None:
     """Make sure that what a stage runs in is there: its own environment, or the engine's part.
 

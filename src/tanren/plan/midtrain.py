@@ -34,6 +34,10 @@ from tanren.plan.training import (
 )
 
 
+class LengthUnknownError(RequestError):
+    """The steps follow from data that is not there yet: a plan can be made behind preprocess."""
+
+
 def midtrain_plan(request: Request, recipe: Midtrain) -> MidtrainPlan:
     """Plan midtraining.
 
@@ -117,7 +121,7 @@ def _mix(
         mix = make_mixture(recipe, counts, place, data_start=data_start)
         return mix, mix.steps, notes
     if steps is None:
-        raise RequestError(
+        raise LengthUnknownError(
             place,
             "states neither steps nor tokens, and the data that they follow from is not there",
             "make preprocess, or state mix.counts: a table of NAME<TAB>TOKENS",

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
-from tanren.config.training import Training, Tuning
-from tanren.plan.batch import data_parallel_size
+from tanren.config.training import Midtrain, Training, Tuning
+from tanren.plan.batch import data_parallel_size, stated_steps, tokens_per_step
 from tanren.plan.checks import check_layout, check_shape
 from tanren.plan.cost import check_memory
 from tanren.plan.memory import checkpoint_gib
@@ -17,6 +17,9 @@ from tanren.plan.plan import Launch, Product, Request, own_image, product_of
 # A base that the recipe leaves to whoever starts the run, and how it is named.
 GIVEN = "given"
 GIVE_BASE = 'SET="init=hf:/FOLDER" or SET="init=checkpoint:/FOLDER/iter_0000500"'
+# More than a node's CPUs reach in training, an assumption; and the longest that is begun on them.
+CPU_TFLOPS = 1.0
+MOST_CPU_DAYS = 30
 # Settings of a run that may change on the way: how it lies over the processes, what it keeps.
 FREE = (
     "layout", "micro_batch", "main_gradients", "attention", "checkpoints", "evaluation", "steps",
@@ -144,6 +147,36 @@ def room_of(
         else None,
         "gpu_memory_gib": gpu.memory_gib if gpu else None,
     }
+
+
+def refuse_processors(request: Request) -> None:
+    """Refuse to train on CPUs what would take them months, before anything is made for it.
+
+    Raises:
+        RequestError: with how to have GPUs, or less to do.
+    """
+    recipe, model, machine = request.recipe, request.model, request.machine
+    if not isinstance(recipe, Midtrain) or model is None or machine.gpus or request.bench:
+        return
+    steps = stated_steps(recipe) or 0
+    work = model.flops_per_token(recipe.sequence_length) * tokens_per_step(recipe) * steps
+    days = work / (CPU_TFLOPS * 1e12 * machine.nodes) / 86_400
+    if days <= MOST_CPU_DAYS:
+        return
+    has = (
+        f"its {machine.idle_gpus} GPUs need Transformer Engine, which this Python lacks"
+        if machine.idle_gpus
+        else "there are no GPUs"
+    )
+    raise RequestError(
+        str(request.recipe_file),
+        f"{work:.2g} FLOP are {days:,.0f} days on CPUs, were they to reach {CPU_TFLOPS:g} TFLOP/s "
+        f"a node, and {has}",
+        "make build-image brings it in an image"
+        if machine.idle_gpus
+        else "SITE=... (recipes/sites) for a cluster's GPUs, its TYPE= with GPUs; or "
+        f'SET="steps={max(int(steps * MOST_CPU_DAYS / days), 1)}"',
+    )
 
 
 def refuse_given(recipe: Training, place: str) -> None:

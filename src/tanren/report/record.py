@@ -12,6 +12,7 @@ from tanren import runs
 from tanren.config.errors import RequestError, TanrenError
 from tanren.config.load import read_site
 from tanren.launch import clusters
+from tanren.launch.clusters import GOING
 from tanren.launch.orders import shown
 from tanren.plan.cost import peak_tflops
 from tanren.plan.paths import RunFolder
@@ -19,7 +20,6 @@ from tanren.plan.plan import Plan, TrainingPlan, read_plan
 from tanren.report.thin import Curve
 
 # States in which more is to come.
-GOING = ("running", "queued", "waiting")
 
 
 @dataclass(frozen=True)

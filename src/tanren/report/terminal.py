@@ -268,7 +268,9 @@ def print_status(rows: list[Row], root: Path, screen: Console) -> None:
         # Whole lines in a pipe; what does not fit a terminal is the log, which is at the end.
         shown_line = line[: screen.width] if screen.is_terminal else line
         screen.print(shown_line.rstrip(), style=None if number else "bold", markup=False)
-    trained = [row for row in rows if row.loss is not None]
+    # A bench's losses are of random tokens.
+    benches = [row for row in rows if Path(row.run).name.startswith("bench.")]
+    trained = [row for row in rows if row.loss is not None and row not in benches]
     if trained:
         newest = max(trained, key=lambda row: RunFolder(root / row.run).metrics.stat().st_mtime)
         screen.print(f"the loss of {newest.run}", style="bold", markup=False)
