@@ -180,9 +180,21 @@ def test_a_nested_field_that_is_stated_twice_names_both_lines(folder: Folder) ->
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- model: tiny\n", "midtrain.yaml: holds a list, not fields with values."),
-        ("model\n", "midtrain.yaml: holds a str, not fields with values."),
-        ("12\n", "midtrain.yaml: holds a int, not fields with values."),
+        (
+            "- model: tiny\n",
+            "midtrain.yaml: holds a list, not fields with values.\n"
+            "  next: write `field: value` lines",
+        ),
+        (
+            "model\n",
+            "midtrain.yaml: holds a str, not fields with values.\n"
+            "  next: write `field: value` lines",
+        ),
+        (
+            "12\n",
+            "midtrain.yaml: holds a int, not fields with values.\n"
+            "  next: write `field: value` lines",
+        ),
     ],
 )
 def test_a_file_that_is_not_fields_with_values(folder: Folder, text: str, message: str) -> None:
@@ -368,17 +380,20 @@ def test_a_base_in_another_folder(folder: Folder) -> None:
         (
             MIDTRAIN,
             "seed: 1\nbase: [midtrain.yaml]\n",
-            "midtrain.100B.yaml:2: base: ['midtrain.yaml'] is not the name of a recipe file.",
+            "midtrain.100B.yaml:2: base: ['midtrain.yaml'] is not the name of a recipe file."
+            "\n  next: name one that lies beside it, such as base: midtrain.yaml",
         ),
         (
             MIDTRAIN,
             "seed: 1\nbase: midtrain.100B.yaml\n",
-            "midtrain.100B.yaml:2: base: midtrain.100B.yaml is its own base in the end.",
+            "midtrain.100B.yaml:2: base: midtrain.100B.yaml is its own base in the end."
+            "\n  next: take `base:` out of one of the files",
         ),
         (
             "base: midtrain.100B.yaml\n",
             "seed: 1\nbase: midtrain.yaml\n",
-            "midtrain.100B.yaml:2: base: midtrain.100B.yaml is its own base in the end.",
+            "midtrain.100B.yaml:2: base: midtrain.100B.yaml is its own base in the end."
+            "\n  next: take `base:` out of one of the files",
         ),
         (
             MIDTRAIN,
@@ -506,7 +521,10 @@ def test_user_toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TANREN_USER", str(named))
     with pytest.raises(RequestError) as caught:
         read_user()
-    assert str(caught.value) == f"{named}: TANREN_USER names a file that is not there."
+    assert str(caught.value) == (
+        f"{named}: TANREN_USER names a file that is not there.\n"
+        "  next: name one that is, or unset TANREN_USER"
+    )
     named.write_text('runs = "/disk"\n')
     assert read_user() == User(runs="/disk")
 
@@ -520,7 +538,12 @@ def test_user_toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "group, runs, data, images, cache, binds, debian_mirror, tracking.",
         ),
         ("runs = 3", "user.toml: runs: 3: input should be a valid string."),
-        ("runs = /disk", "user.toml: not TOML: Invalid value (at line 1, column 8)."),
+        (
+            "runs = /disk",
+            "user.toml: not TOML: Invalid value (at line 1, column 8).\n"
+            "  next: mend that line; fields are site, group, runs, data, "
+            "images, cache, binds, debian_mirror, tracking",
+        ),
     ],
 )
 def test_a_mistake_in_user_toml(

@@ -131,7 +131,7 @@ def test_too_little_room_and_no_namespaces_are_said_first(
     monkeypatch.setattr(os, "getuid", lambda: 1000)
 
     def never() -> None:
-        raise RequestError("user namespaces", "are not allowed here")
+        raise RequestError("user namespaces", "are not allowed here", "ask the site")
 
     monkeypatch.setattr(building, "check_namespaces", never)
     with pytest.raises(RequestError, match="user namespaces"):

@@ -239,7 +239,7 @@ def test_what_is_not_done_is_run_bf16_first(task: Path, monkeypatch: pytest.Monk
         trial = Trial(str(order.name).removeprefix("gate-"), order)
         ran.append(trial.scaling)
         if trial.scaling == "tensorwise":
-            raise WorkError("step 30", "the loss is nan")
+            raise WorkError("step 30", "the loss is nan", "a lower rate")
         # The run before it has left its room.
         left = list(task.parent.glob("runs/tiny/*/checkpoints"))
         assert left == []
@@ -269,7 +269,7 @@ def test_a_run_that_stops_and_bf16_that_fails_end_the_command(
         if trial.scaling != scaling:
             finish(trial)
             return ()
-        error = WorkError("here", "it ended")
+        error = WorkError("here", "it ended", "go on")
         error.exit_code = code
         raise error
 

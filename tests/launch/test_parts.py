@@ -180,7 +180,7 @@ def test_jobs_make_what_one_machine_makes(slurm: Site, tmp_path: Path) -> None:
 def test_a_part_that_failed_is_submitted_alone_with_a_new_joining_job(slurm: Site) -> None:
     slurm.sent("--parts", "3")
     slurm.finish(1)
-    runs.mark_failed(slurm.part(2), RequestError("b.jsonl:3", "is not JSON"))
+    runs.mark_failed(slurm.part(2), RequestError("b.jsonl:3", "is not JSON", "mend it"))
     slurm.mark(1, "FAILED")
     slurm.mark(2, "RUNNING")
     assert slurm.states() == {
@@ -266,7 +266,7 @@ def test_on_grid_engine_the_joining_job_sees_that_a_part_failed(gridengine: Site
     gridengine.sent("--parts", "3", "--type", "cpu_4")
     gridengine.finish(1)
     gridengine.finish(3)
-    runs.mark_failed(gridengine.part(2), RequestError("b.jsonl:3", "is not JSON"))
+    runs.mark_failed(gridengine.part(2), RequestError("b.jsonl:3", "is not JSON", "mend it"))
     gridengine.mark(1, "FAILED")
     job = gridengine.jobs[3]
     environment = {"PATH": gridengine.environment["PATH"], "HOME": "/root", "JOB_ID": job["id"],
@@ -323,7 +323,7 @@ def test_the_plan_says_how_many_jobs_and_what_they_cost(tmp_path: Path, recipe: 
     assert not site.queue.exists()
     site.sent("--parts", "8")
     site.finish(3, 8)
-    assert "new; 1 of 8 parts are done" in site.tanren(*words).out
+    assert "; 1 of 8 parts are done" in site.tanren(*words).out
 
 
 def test_make_passes_the_parts_on() -> None:

@@ -323,7 +323,7 @@ def test_a_stage_whose_base_failed_says_so_and_does_nothing(empty: Cluster) -> N
     """As on Grid Engine, which starts a job after any end of the one before."""
     empty.stage("convert", "--needs")
     folder = RunFolder(empty.runs / "tiny" / "preprocess")
-    runs.mark_failed(folder, RequestError("here", "no text"))
+    runs.mark_failed(folder, RequestError("here", "no text", "mend it"))
     done = empty.run(1)
     assert done.code == 2
     assert "preprocess: is not done, and this stage stands on it: no text" in done.text

@@ -43,9 +43,13 @@ def add_stage(group: typer.Typer, verb_name: str, stage: str, does: str) -> None
         from tanren.config.errors import RequestError
 
         if recipe.name.split(".")[0] != stage:
+            from tanren.config.schema import STAGES
+
+            named = recipe.name.split(".")[0]
             raise RequestError(
-                recipe, f"is not a {stage} recipe", f"tanren {recipe.name.split('.')[0]} {recipe}"
-            )
+                recipe, f"is not a {stage} recipe",
+                f"tanren {named} {recipe}" if named in STAGES else f"name a task's {stage}.yaml",
+            )  # fmt: skip
         order = order_of(
             recipe, variant, name, set_, runtime, bind, site, nodes, hours, type_, reservation,
             after, chain, parts, allow_dirty,

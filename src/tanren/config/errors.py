@@ -19,12 +19,13 @@ class TanrenError(Exception):
     Args:
         place: the file, line, field or folder that the problem is in.
         problem: what is wrong, with the values of both sides where two disagree.
-        next_step: what to do now, as a command wherever one exists.
+        next_step: what to do now, as a command wherever one exists; empty where the problem says
+            it, as `input should be a valid integer` does.
     """
 
     exit_code = EXIT_FAILED
 
-    def __init__(self, place: object, problem: str, next_step: str = "") -> None:
+    def __init__(self, place: object, problem: str, next_step: str) -> None:
         self.place = str(place)
         self.problem = problem.rstrip(".")
         self.next_step = next_step.rstrip()

@@ -70,7 +70,9 @@ def read_yaml(path: Path) -> Document:
     except FileNotFoundError:
         raise RequestError(path, "there is no such file", _similar_files(path)) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(path, f"cannot be read: {error}") from None
+        raise RequestError(
+            path, f"cannot be read: {error}", f"ls -l {path}; it must be readable text in UTF-8"
+        ) from None
     places: dict[Location, str] = {}
     try:
         loader = _Loader(text)
@@ -83,14 +85,20 @@ def read_yaml(path: Path) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        raise RequestError(f"{path}{line}", f"not YAML: {error.problem}") from None
+        raise RequestError(f"{path}{line}", f"not YAML: {error.problem}", "") from None
     except yaml.reader.ReaderError as error:
         row = text.count("\n", 0, error.position) + 1
         raise RequestError(
-            f"{path}:{row}", f"not YAML: holds the control character {error.character:#04x}"
+            f"{path}:{row}",
+            f"not YAML: holds the control character {error.character:#04x}",
+            "remove it; an editor may not show it",
         ) from None
     if not isinstance(values, dict):
-        raise RequestError(path, f"holds a {type(values).__name__}, not fields with values")
+        raise RequestError(
+            path,
+            f"holds a {type(values).__name__}, not fields with values",
+            "write `field: value` lines",
+        )
     return Document(path, values, places)
 
 
@@ -109,7 +117,8 @@ def _build(
         for key_node, value_node in node.value:
             place = where(key_node.start_mark)
             if not isinstance(key_node, yaml.ScalarNode):
-                raise RequestError(f"{place}: {field}" if field else place, "a field needs a name")
+                raise RequestError(f"{place}: {field}" if field else place, "a field needs a name",
+                                   "write a word before the colon")  # fmt: skip
             # As it is written: `no`, 1.10 and 2024_01 are names here, not values.
             key = key_node.value
             here = (*location, key)
@@ -140,7 +149,10 @@ def _build(
     if (isinstance(value, float) and not math.isfinite(value)) or (
         isinstance(value, int) and not -(2**63) <= value < 2**63
     ):
-        raise RequestError(f"{place}: {field}", f"{node.value} is not a number that can be used")
+        raise RequestError(
+            f"{place}: {field}", f"{node.value} is not a number that can be used",
+            "state a finite one, of at most 63 bits",
+        )  # fmt: skip
     if isinstance(value, date | bytes):  # datetime is a date
         return node.value
     return value
@@ -164,7 +176,10 @@ def parse_set(assignments: list[str]) -> list[tuple[tuple[str, ...], Any]]:
             value = None if node is None else _build(loader, node, keys, {}, lambda _: "--set")
         except yaml.YAMLError as error:
             said = getattr(error, "problem", None) or getattr(error, "reason", error)
-            raise RequestError(f"--set {assignment}", f"the value is not YAML: {said}") from None
+            raise RequestError(
+                f"--set {assignment}", f"the value is not YAML: {said}",
+                "quote what YAML would read otherwise: --set 'field=\"a: b\"'",
+            ) from None  # fmt: skip
         result.append((keys, value))
     return result
 
@@ -271,9 +286,15 @@ def _with_base(path: Path, seen: list[Path]) -> Document:
     if base is None:
         return document
     if not isinstance(base, str):
-        raise RequestError(document.place(("base",)), f"{base!r} is not the name of a recipe file")
+        raise RequestError(
+            document.place(("base",)), f"{base!r} is not the name of a recipe file",
+            "name one that lies beside it, such as base: midtrain.yaml",
+        )  # fmt: skip
     if path.resolve() in seen:
-        raise RequestError(document.place(("base",)), f"{path.name} is its own base in the end")
+        raise RequestError(
+            document.place(("base",)), f"{path.name} is its own base in the end",
+            "take `base:` out of one of the files",
+        )  # fmt: skip
     below = _with_base(path.parent / base, [*seen, path.resolve()])
     values = {key: value for key, value in document.values.items() if key != "base"}
     merged = merge(below.values, values)
@@ -337,13 +358,20 @@ def read_user(assignments: Iterable[str] = ()) -> User:
     path = Path(named or repository() / "user.toml")
     if not path.is_file():
         if named:
-            raise RequestError(path, "TANREN_USER names a file that is not there")
+            raise RequestError(
+                path, "TANREN_USER names a file that is not there",
+                "name one that is, or unset TANREN_USER",
+            )  # fmt: skip
         values: dict[str, Any] = {}
     else:
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise RequestError(path, f"not TOML: {error}") from None
+            raise RequestError(
+                path,
+                f"not TOML: {error}",
+                f"mend that line; fields are {', '.join(User.model_fields)}",
+            ) from None
     for keys, value in parse_set(list(assignments)):
         values = merge(values, {".".join(keys): value})
     return validate(Document(path, values, {}), User)

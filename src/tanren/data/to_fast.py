@@ -80,7 +80,10 @@ def _read(model: Path) -> Any:
     try:
         proto.ParseFromString(model.read_bytes())
     except DecodeError as error:
-        raise RequestError(model, f"is not a SentencePiece model: {error}") from None
+        raise RequestError(
+            model, f"is not a SentencePiece model: {error}",
+            "fetch it again; of a Git LFS pointer the file itself",
+        ) from None  # fmt: skip
     return proto
 
 

@@ -110,7 +110,10 @@ def publish(
             packages = packages_of(client, partial)
             labels = labels_of(client, partial)
         if any(labels.get(key) != value for key, value in wanted.items()):
-            raise WorkError(partial, f"carries other labels than it was built with: {labels}")
+            raise WorkError(
+                partial, f"carries other labels than it was built with: {labels}",
+                "the same command again; no other build may write there meanwhile",
+            )  # fmt: skip
         lock = Lock(
             image=image.name,
             sha256=sif.sha256(partial),

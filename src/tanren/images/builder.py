@@ -92,7 +92,10 @@ def tool(builder: Builder, places: Places, scratch: Path) -> Iterator[Any]:
 
         yield get_client(quiet=True)
     except SystemExit:
-        raise WorkError(builder.binary, "spython gave up without a word") from None
+        raise WorkError(
+            builder.binary, "spython gave up without a word",
+            f"{builder.binary} version; make doctor says what it lacks",
+        ) from None  # fmt: skip
     finally:
         os.chdir(folder)
         os.environ.clear()
@@ -205,7 +208,10 @@ def packages_of(client: Any, partial: Path) -> dict[str, dict[str, str]]:
         str(partial), ["cat", "/opt/tanren/packages.json"], return_result=True, quiet=True
     )
     if answer["return_code"]:
-        raise WorkError(partial, f"does not start: {answer['message']}")
+        raise WorkError(
+            partial, f"does not start: {answer['message']}",
+            "make doctor says what containers lack on this machine",
+        )  # fmt: skip
     message = answer["message"]
     value: dict[str, dict[str, str]] = orjson.loads(
         message if isinstance(message, str) else message[0]
@@ -217,7 +223,10 @@ def labels_of(client: Any, path: Path) -> dict[str, str]:
     """tanren's labels of an image, without their prefix."""
     answer = client.inspect(str(path), quiet=True)
     if "attributes" not in answer:
-        raise WorkError(path, f"cannot be inspected: {answer.get('message')}")
+        raise WorkError(
+            path, f"cannot be inspected: {answer.get('message')}",
+            "build it again: make build-image IMAGE=...",
+        )  # fmt: skip
     labels: dict[str, str] = answer["attributes"]["labels"]
     return {
         key.removeprefix(_LABEL): value for key, value in labels.items() if key.startswith(_LABEL)

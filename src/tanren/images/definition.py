@@ -137,12 +137,18 @@ def read_versions(image: Image, root: Path | None = None) -> Versions:
             continue
         match = re.fullmatch(r"([A-Z0-9]+)_([A-Z0-9_]+)=(\S*)", line)
         if match is None:
-            raise RequestError(f"{path}:{number}", f"{line!r} is not KEY=value")
+            raise RequestError(
+                f"{path}:{number}", f"{line!r} is not KEY=value",
+                "write it so, without spaces, as the lines beside it",
+            )  # fmt: skip
         if match[1] in prefixes:
             values[match[2]] = match[3]
     for key in ("PYTHON", "GLIBC", "GIB", "SUITE" if image.debian else "BASE"):
         if not values.get(key):
-            raise RequestError(path, f"states no {prefixes[-1]}_{key}")
+            raise RequestError(
+                path, f"states no {prefixes[-1]}_{key}",
+                "add the line, as the other images have it",
+            )  # fmt: skip
     return Versions(image, values)
 
 
@@ -155,7 +161,10 @@ def source_files(image: Image, root: Path | None = None) -> list[Path]:
     files = [image.definition, *copied]
     for file in files:
         if not (root / file).is_file():
-            raise RequestError(root / image.definition, f"copies {file}, which is not there")
+            raise RequestError(
+                root / image.definition, f"copies {file}, which is not there",
+                f"git checkout {file}, or take it out of %files",
+            )  # fmt: skip
     return files
 
 
@@ -194,6 +203,7 @@ def arguments(image: Image, known: dict[str, str], root: Path | None = None) -> 
         raise RequestError(
             root / image.definition,
             f"asks for {', '.join(absent)}, which containers/versions.env does not state",
+            "state them there",
         )
     return {name: stated[name] for name in wanted}
 

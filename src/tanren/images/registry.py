@@ -55,7 +55,10 @@ def digest_of(base: str) -> str:
         ) from None
     digest = headers.get("Docker-Content-Digest")
     if not digest:
-        raise WorkError(base, "the registry's answer names no digest")
+        raise WorkError(
+            base, "the registry's answer names no digest",
+            "the same command again; a proxy may have answered in its place",
+        )  # fmt: skip
     return digest
 
 

@@ -31,7 +31,7 @@ def packages_of(lock: Path) -> dict[str, str]:
     """Names and versions in a lock."""
     found = re.findall(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", lock.read_text(), re.MULTILINE)
     if not found:
-        raise RequestError(lock, "names no package")
+        raise RequestError(lock, "names no package", f"git checkout {lock}, or make lock")
     return dict(found)
 
 
@@ -131,7 +131,10 @@ def _compile(uv: Path, options: list[str], lock: Path, upgrade: bool) -> None:
             environment.setdefault(ours, environment[theirs])
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise WorkError(lock, f"cannot be made: {done.stderr.strip()}")
+        raise WorkError(
+            lock, f"cannot be made: {done.stderr.strip()}",
+            "mend what uv names, in the .in file beside it or in the network to PyPI",
+        )  # fmt: skip
 
 
 def platforms(glibc: str) -> list[str]:

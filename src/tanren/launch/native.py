@@ -29,5 +29,6 @@ def complete() -> None:
     # bin/setup says itself what is wrong and what to do.
     done = subprocess.run([root / "bin" / "setup", "engine"], check=False)
     if done.returncode:
-        raise RequestError(".venv", "lacks the engine's packages, see above")
+        raise RequestError(".venv", "lacks the engine's packages, see above",
+                           "the same command again, when that is mended")  # fmt: skip
     invalidate_caches()

@@ -98,7 +98,10 @@ def ask(command: list[str], what: str) -> str:
         ) from None  # fmt: skip
     if done.returncode:
         said = " ".join((done.stderr.strip() or done.stdout.strip()).split())
-        raise RequestError(command[0], f"refused to {what}: {said or done.returncode}")
+        raise RequestError(
+            command[0], f"refused to {what}: {said or done.returncode}",
+            "make plan with the same words shows what it is given; docs/sites.md says from where",
+        )  # fmt: skip
     return done.stdout
 
 
@@ -116,7 +119,10 @@ def read_hosts(path: str, column: int = 0) -> tuple[str, ...]:
     try:
         lines = Path(path).read_text().splitlines()
     except OSError as error:
-        raise WorkError(path, f"the job's list of hosts cannot be read: {error.strerror}") from None
+        raise WorkError(
+            path, f"the job's list of hosts cannot be read: {error.strerror}",
+            "submit again; tell the site",
+        ) from None  # fmt: skip
     hosts = unique([line.split()[column] for line in lines if line.split()])
     if not hosts:
         raise WorkError(path, "the job's list of hosts is empty", "submit again; tell the site")

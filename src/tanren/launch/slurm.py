@@ -76,7 +76,10 @@ def allocation(environment: Mapping[str, str]) -> Allocation:
     )
     hosts = unique(done.stdout.split())
     if done.returncode or not hosts:
-        raise WorkError(f"SLURM_JOB_NODELIST={listed}", f"names no host: {done.stderr.strip()}")
+        raise WorkError(
+            f"SLURM_JOB_NODELIST={listed}", f"names no host: {done.stderr.strip()}",
+            "submit again; tell the site",
+        )  # fmt: skip
     return Allocation(environment["SLURM_JOB_ID"], hosts)
 
 

@@ -297,7 +297,9 @@ def read_plan(path: Path) -> Plan:
     try:
         return parse_plan(path.read_bytes(), path)
     except FileNotFoundError:
-        raise RequestError(path, "there is no such plan") from None
+        raise RequestError(
+            path, "there is no such plan", "make status lists the runs that there are"
+        ) from None
 
 
 def parse_plan(value: bytes | Mapping[str, Any], place: object) -> Plan:

@@ -32,6 +32,7 @@ def run(plan: PreprocessPlan, attempt: int) -> None:
         raise RequestError(
             f"{plan.recipe_file}: prepend_bos",
             f"the tokenizer {tokenizer.folder} names no bos_token",
+            "prepend_bos: false, or a tokenizer whose tokenizer_config.json names it",
         )
     job = Job(
         sources=recipe.sources,
