@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from tanren.config.errors import WorkError
-from tanren.engine import loop
-from tanren.engine.loop import Budget, Objective, Rhythm, StopRequest
+from tanren.engine import loop, step
+from tanren.engine.step import Budget, Objective
+from tanren.engine.stop import Rhythm, StopRequest
 from tanren.engine.timing import StepTimer
 
 
@@ -21,7 +22,7 @@ class Recorded:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, total: float = 6.0) -> None:
         self.asked: list[str] = []
         monkeypatch.setattr(loop, "run_pass", lambda *_, timer: [torch.tensor([total, 2.0])])
-        monkeypatch.setattr(loop.parallel_state, "get_tensor_model_parallel_rank", lambda: 0)
+        monkeypatch.setattr(step.parallel_state, "get_tensor_model_parallel_rank", lambda: 0)
 
     def __getattr__(self, name: str) -> Any:
         def asked(**_: object) -> tuple[bool, float, int]:

@@ -5,20 +5,15 @@ from __future__ import annotations
 import faulthandler
 import gc
 import logging
-import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.autograd.profiler import record_function
 
 from tanren.config.errors import WorkError
@@ -27,96 +22,20 @@ from tanren.engine import timing
 from tanren.engine.checkpoint import TrainingState
 from tanren.engine.log import Metrics
 from tanren.engine.saver import Saver
+from tanren.engine.step import (
+    Budget,
+    Feed,
+    Objective,
+    Total,
+    check_after,
+    check_before,
+    run_pass,
+    totals,
+)
+from tanren.engine.stop import Rhythm, StopRequest
 from tanren.engine.timing import StepTimer
 
 logger = logging.getLogger("tanren")
-
-
-class StopRequest:
-    """Remembers that the process was asked to stop; the loop saves and ends after the step."""
-
-    def __init__(self, file: Path | None = None, deadline: float | None = None) -> None:
-        """Watch a file that asks for a stop, and a time (seconds since 1970) to stop at."""
-        self.file, self.deadline = file, deadline
-        self.signal: str | None = None
-
-    @property
-    def reason(self) -> str | None:
-        """Why to stop; None while there is no reason."""
-        if self.signal is not None:
-            return self.signal
-        if self.deadline is not None and time.time() > self.deadline:
-            return "the end of its walltime"
-        if self.file is not None and self.file.exists():
-            return "request (STOP)"
-        return None
-
-    def install(self) -> None:
-        """Take SIGTERM, SIGINT and SIGUSR1 (a scheduler's warning) as requests to stop."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._take)
-
-    def _take(self, number: int, frame: object) -> None:
-        self.signal = signal.Signals(number).name
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a run has done up to some iteration: tokens read, and FLOP of the model for them.
-
-    `predicted` are those of the tokens that went through the output layer.
-    """
-
-    tokens: int
-    flops: float
-    predicted: int
-
-
-class Feed(Protocol):
-    """What is read, step by step, cut into this rank's micro batches."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Sequence length and micro batch that pass between pipeline stages."""
-
-    def batches(self, first: int, last: int, *, workers: int) -> Iterator[Batch]:
-        """The micro batches of the iterations from `first` (done before) to `last`."""
-
-    def accumulation(self, iteration: int) -> int:
-        """Micro batches of a rank in the step behind this iteration; the same on every rank."""
-
-    def work(self, iteration: int) -> Work:
-        """What the first iterations are together."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What a stage minimises.
-
-    `forward_step` takes one micro batch through this rank's part of the model, as megatron-core's
-    schedules ask, and its loss function reports `width` sums. `means` turns the sums over a global
-    batch into what is logged, with `loss` among it. `check_first` is given the sums before the
-    first update of a run.
-    """
-
-    forward_step: Callable[[Iterator[Batch], torch.nn.Module], tuple[torch.Tensor, Any]]
-    width: int
-    means: Callable[[list[float]], dict[str, float]]
-    # Of the means, those that a line of the log has.
-    shown: tuple[str, ...] = ("loss",)
-    check_first: Callable[[list[float]], None] | None = None
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How long to train, and the samples of a step, by which the schedule counts.
-
-    `data_start` is the iteration that the data begins at.
-    """
-
-    steps: int
-    global_batch: int
-    data_start: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,26 +44,6 @@ class HeldOut:
 
     feed: Feed
     every_steps: int | None
-
-
-@dataclass
-class Rhythm:
-    """How often a checkpoint is saved: every so many steps, or minutes after the last one."""
-
-    steps: int | None
-    minutes: float | None = None
-    since: float = field(default_factory=time.monotonic)
-
-    @property
-    def late(self) -> bool:
-        """Whether the minutes are over, by this rank's clock. The first to say so decides for all:
-        it goes round with the loss.
-        """
-        return self.minutes is not None and time.monotonic() - self.since > 60 * self.minutes
-
-    def due(self, iteration: int, late: bool) -> bool:
-        """Whether to save after this iteration; `late`: some rank's clock says so."""
-        return late or (self.steps is not None and iteration % self.steps == 0)
 
 
 @dataclass(frozen=True)
@@ -268,21 +167,6 @@ def _connect(state: TrainingState) -> None:
         config.param_sync_func = state.model.start_param_sync
 
 
-@dataclass(frozen=True)
-class Total:
-    """Of a step, what the ranks told one another.
-
-    `sums` are the reports of the global batch; `stop` and `late` whether any rank was asked to
-    stop, or finds a checkpoint late; `forward` each rank's milliseconds of a forward pass
-    (`StepTimer`).
-    """
-
-    sums: list[float]
-    stop: bool
-    late: bool
-    forward: list[float]
-
-
 def _step(
     state: TrainingState,
     objective: Objective,
@@ -315,81 +199,6 @@ def _step(
     check_after(state.iteration, float(grad_norm))
     state.schedule.step(increment=budget.global_batch)
     return means, float(grad_norm), total
-
-
-def check_before(iteration: int, objective: Objective, total: Total) -> None:
-    """Look at a step's loss before its update; every rank has the same, so all stop alike.
-
-    Raises:
-        WorkError: it is not a number, or not what the objective expects of the first step.
-    """
-    loss = objective.means(total.sums)["loss"]
-    if not math.isfinite(loss):
-        raise WorkError(
-            f"step {iteration + 1}",
-            f"the loss is {loss}",
-            "the last checkpoint is from before; lower optimizer.lr or look at the data",
-        )
-    if iteration == 0 and objective.check_first is not None:
-        objective.check_first(total.sums)
-
-
-def check_after(iteration: int, grad_norm: float) -> None:
-    """Look at the gradient norm of an update, which is the same on every rank.
-
-    Raises:
-        WorkError: it is not a number. The weights are spoilt then and must not be saved; bf16 has
-            no loss scaler that would skip the step.
-    """
-    if not math.isfinite(grad_norm):
-        raise WorkError(
-            f"step {iteration + 1}",
-            f"the gradient norm is {grad_norm}",
-            "the last checkpoint is from before; lower optimizer.lr or look at the data",
-        )
-
-
-def run_pass(
-    state: TrainingState,
-    objective: Objective,
-    feed: Feed,
-    data: Iterator[Batch],
-    iteration: int,
-    *,
-    forward_only: bool = False,
-    timer: StepTimer | None = None,
-) -> list[torch.Tensor]:
-    """The micro batches of one step, forwards and backwards: what each reported."""
-    sequence_length, micro_batch = feed.shape
-    reports: list[torch.Tensor] = get_forward_backward_func()(
-        forward_step_func=timer.forward(objective.forward_step)
-        if timer
-        else objective.forward_step,
-        data_iterator=data,
-        model=[state.model],
-        num_microbatches=feed.accumulation(iteration),
-        seq_length=sequence_length,
-        micro_batch_size=micro_batch,
-        forward_only=forward_only,
-    )
-    return reports
-
-
-def totals(
-    reports: list[torch.Tensor], width: int, device: torch.device, *, stop: bool = False,
-    late: bool = False, forward: float = 0.0,
-) -> Total:  # fmt: skip
-    """What the ranks have to tell one another of a step, in one reduction."""
-    first = width + 2
-    total = torch.zeros(first + dist.get_world_size(), dtype=torch.float64, device=device)
-    # The last pipeline stage has the losses; its tensor-parallel ranks have them alike.
-    if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
-        total[:width] = torch.stack(reports).double().sum(0)
-    total[width], total[width + 1] = float(stop), float(late)
-    total[first + dist.get_rank()] = forward
-    dist.all_reduce(total)
-    found: list[float] = total.tolist()
-    return Total(found[:width], found[width] > 0, found[width + 1] > 0, found[first:])
 
 
 def evaluate(

@@ -14,10 +14,11 @@ from megatron.core.utils import unwrap_model
 
 from tanren import runs
 from tanren.config.training import Dpo
-from tanren.engine import loop, timing
+from tanren.engine import timing
 from tanren.engine.checkpoint import TrainingState
 from tanren.engine.profile import Rates, StepTracer, measure_rates
 from tanren.engine.saver import Saver
+from tanren.engine.step import Feed, Work
 from tanren.engine.timeline import CATEGORIES, Step, most_expensive, split
 from tanren.plan.bench import Bench, least_work
 from tanren.plan.cost import peak_tflops
@@ -54,7 +55,7 @@ class Measuring:
     """One bench, from its first step to its file."""
 
     def __init__(
-        self, plan: TrainingPlan, bench: Bench, state: TrainingState, feed: loop.Feed,
+        self, plan: TrainingPlan, bench: Bench, state: TrainingState, feed: Feed,
         rates: Rates, device: torch.device,
     ) -> None:  # fmt: skip
         self.plan, self.bench, self.feed, self.rates = plan, bench, feed, rates
@@ -118,7 +119,7 @@ class Measuring:
             "profile": self._profile(traced, works[bench.steps]),
         }  # fmt: skip
 
-    def _profile(self, traced: Step, work: loop.Work) -> dict[str, Any]:
+    def _profile(self, traced: Step, work: Work) -> dict[str, Any]:
         plan, rates = self.plan, self.rates
         parts = split(traced)
         costs = most_expensive(traced, _KERNELS)
@@ -168,10 +169,10 @@ class Measuring:
         }  # fmt: skip
 
 
-def _between(feed: loop.Feed, step: int) -> loop.Work:
+def _between(feed: Feed, step: int) -> Work:
     """What one step, counted from 1, is."""
     before, after = feed.work(step - 1), feed.work(step)
-    return loop.Work(
+    return Work(
         after.tokens - before.tokens,
         after.flops - before.flops,
         after.predicted - before.predicted,

@@ -17,10 +17,11 @@ from tanren.config.errors import WorkError
 from tanren.config.training import Preference
 from tanren.data.blend import Batch
 from tanren.data.rows import Items, Pairs
-from tanren.engine import flash4, loop, preference
+from tanren.engine import flash4, preference
 from tanren.engine.checkpoint import TrainingState
 from tanren.engine.fingerprint import fingerprint
 from tanren.engine.packed import packed_forward
+from tanren.engine.step import Objective
 from tanren.plan.plan import DpoPlan, by_nemo, digest
 from tanren.stages import synthetic, training, tuning
 from tanren.stages.reference import Kept, LogProbs, Reference
@@ -53,7 +54,7 @@ def run(plan: DpoPlan, attempt: int) -> None:
                 return None
             read = data.with_reference(reference)
         return tuning.Work(
-            loop.Objective(
+            Objective(
                 partial(forward_step, recipe.preference),
                 width=len(preference.REPORT),
                 means=partial(preference.means, recipe.preference),

@@ -1,4 +1,4 @@
-"""Rows of examples as micro batches of this rank; see `loop.Feed`."""
+"""Rows of examples as micro batches of this rank; see `step.Feed`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tanren.data import packing
 from tanren.data.blend import Batch, loader
 from tanren.data.packing import Numbers
 from tanren.data.rows import Conversations, Pairs
-from tanren.engine.loop import Work
 from tanren.engine.packed import schedule_shape
+from tanren.engine.step import Work
 
 # The examples of some rows, by their numbers, as one micro batch.
 Collate = Callable[[list[Numbers]], Batch]

@@ -20,6 +20,7 @@ from tanren.data import blend, indexed
 from tanren.data import tokenizer as tokenizers
 from tanren.engine import loop
 from tanren.engine.loss import token_loss
+from tanren.engine.step import Budget, Objective, Work
 from tanren.plan.checks import check_vocabulary
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import MidtrainPlan
@@ -44,10 +45,10 @@ def run(plan: MidtrainPlan, attempt: int) -> None:
     training.train(
         session,
         state,
-        loop.Objective(forward_step, width=3, means=_means, shown=("loss", "z_loss")),
+        Objective(forward_step, width=3, means=_means, shown=("loss", "z_loss")),
         Samples(plan, data.train, plan.recipe.global_batch, session.ranks.device),
         _held_out(plan, data, session.ranks.device),
-        loop.Budget(plan.batch.steps, plan.recipe.global_batch, plan.data_start),
+        Budget(plan.batch.steps, plan.recipe.global_batch, plan.data_start),
         lambda: {"tokenizer": str(RunFolder(Path(plan.data)).tokenizer)},
     )
 
@@ -114,7 +115,7 @@ def _means(sums: list[float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples of a blend, so many a step, in their order; see `loop.Feed`."""
+    """The samples of a blend, so many a step, in their order; see `step.Feed`."""
 
     plan: MidtrainPlan
     dataset: Any
@@ -139,10 +140,10 @@ class Samples:
     def accumulation(self, iteration: int) -> int:
         return self.a_step // (self.plan.batch.micro_batch * self.plan.batch.data_parallel)
 
-    def work(self, iteration: int) -> loop.Work:
+    def work(self, iteration: int) -> Work:
         length = self.plan.recipe.sequence_length
         tokens = (self.plan.data_start + iteration) * self.a_step * length
-        return loop.Work(tokens, tokens * self.plan.model.flops_per_token(length), tokens)
+        return Work(tokens, tokens * self.plan.model.flops_per_token(length), tokens)
 
 
 def _held_out(plan: MidtrainPlan, data: blend.Blend, device: torch.device) -> loop.HeldOut | None:

@@ -24,10 +24,11 @@ from tanren import runs
 from tanren.data.blend import Batch
 from tanren.data.packing import Numbers
 from tanren.data.rows import Pairs
-from tanren.engine import loop
 from tanren.engine.checkpoint import TrainingState
 from tanren.engine.packed import packed_forward
 from tanren.engine.preference import answer_log_probs
+from tanren.engine.step import Objective, run_pass
+from tanren.engine.stop import StopRequest
 from tanren.stages.feed import RowFeed
 
 logger = logging.getLogger("tanren")
@@ -87,7 +88,7 @@ class Reference:
         state: TrainingState,
         pairs: Numbers,
         feed_of: Callable[[int, Numbers], tuple[Pairs, RowFeed]],
-        stop: loop.StopRequest,
+        stop: StopRequest,
     ) -> bool:
         """Compute what is missing of the pairs with the model as it is; every rank calls this.
 
@@ -108,7 +109,7 @@ class Reference:
         state.model.eval()
         for step in range(layout.steps):
             with torch.no_grad():
-                reports = loop.run_pass(state, OBJECTIVE, feed, data, step, forward_only=True)
+                reports = run_pass(state, OBJECTIVE, feed, data, step, forward_only=True)
             stopping = self._take(reports, np.concatenate(layout.rows(step)), stop)
             last = step + 1 == layout.steps
             if last or stopping or time.monotonic() - written > _WRITE_SECONDS:
@@ -121,7 +122,7 @@ class Reference:
         state.model.train()
         return True
 
-    def _take(self, reports: list[torch.Tensor], examples: Numbers, stop: loop.StopRequest) -> bool:
+    def _take(self, reports: list[torch.Tensor], examples: Numbers, stop: StopRequest) -> bool:
         """Exchange what the ranks found of these examples, and whether any is to stop."""
         place = np.empty(len(self.values), dtype=np.int64)
         place[examples] = np.arange(len(examples))
@@ -161,4 +162,4 @@ def _nothing(totals: list[float]) -> dict[str, float]:
     raise AssertionError("a reference pass has no means")
 
 
-OBJECTIVE = loop.Objective(forward_step, width=0, means=_nothing)
+OBJECTIVE = Objective(forward_step, width=0, means=_nothing)

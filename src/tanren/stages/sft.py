@@ -10,10 +10,10 @@ import torch
 
 from tanren.data.blend import Batch
 from tanren.data.rows import Conversations, Items
-from tanren.engine import loop
 from tanren.engine.checkpoint import TrainingState
 from tanren.engine.loss import answer_loss
 from tanren.engine.packed import packed_forward
+from tanren.engine.step import Objective
 from tanren.plan.plan import SftPlan
 from tanren.stages import training, tuning
 
@@ -36,7 +36,7 @@ def run(plan: SftPlan, attempt: int) -> None:
     def begin(state: TrainingState) -> tuning.Work:
         training.start(plan, state)
         return tuning.Work(
-            loop.Objective(forward_step, width=2, means=_means),
+            Objective(forward_step, width=2, means=_means),
             data.feed(train, device),
             tuning.held_out(
                 plan, data, lambda items, a_step: data.feed(rows(items, a_step, 1.0), device)

@@ -26,6 +26,8 @@ from tanren.engine.log import Metrics
 from tanren.engine.optimizer import build_optimizer, build_schedule
 from tanren.engine.profile import Rates
 from tanren.engine.saver import Saver
+from tanren.engine.step import Budget, Feed, Objective
+from tanren.engine.stop import Rhythm, StopRequest
 from tanren.plan.paths import CHECKPOINT_FILES
 from tanren.plan.plan import TrainingPlan, by_nemo, digest
 from tanren.stages import bench
@@ -41,7 +43,7 @@ class Session:
     plan: TrainingPlan
     attempt: int
     ranks: distributed.Ranks
-    stop: loop.StopRequest
+    stop: StopRequest
     # Of a bench: what the device does at best.
     rates: Rates | None = None
 
@@ -50,7 +52,7 @@ def begin(plan: TrainingPlan, attempt: int) -> Session:
     """Join the process group, and listen to requests to stop."""
     timing.startup.reached("imports")
     deadline = os.environ.get("TANREN_DEADLINE")
-    stop = loop.StopRequest(
+    stop = StopRequest(
         # One rank asks the file system; the others hear of it with the loss.
         plan.folder.stop if os.environ.get("RANK", "0") == "0" else None,
         float(deadline) if deadline else None,
@@ -192,10 +194,10 @@ def written(session: Session) -> Iterator[Metrics]:
 def train(
     session: Session,
     state: TrainingState,
-    objective: loop.Objective,
-    feed: loop.Feed,
+    objective: Objective,
+    feed: Feed,
     held_out: loop.HeldOut | None,
-    budget: loop.Budget,
+    budget: Budget,
     made: Callable[[], dict[str, Any]],
 ) -> None:
     """Train to the end or to a request to stop, and write down how it ended.
@@ -227,7 +229,7 @@ def train(
             budget,
             device=ranks.device,
             saver=saver,
-            rhythm=loop.Rhythm(settings.every_steps, settings.every_minutes),
+            rhythm=Rhythm(settings.every_steps, settings.every_minutes),
             metrics=metrics,
             stop=session.stop,
             workers=workers(ranks.device),
@@ -248,7 +250,7 @@ def workers(device: torch.device) -> int:
 def close(
     session: Session,
     outcome: loop.Outcome,
-    budget: loop.Budget,
+    budget: Budget,
     made: Callable[[], dict[str, Any]],
 ) -> None:
     """Write down how a training ended: DONE or STOPPED; the first rank does it."""

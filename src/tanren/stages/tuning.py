@@ -26,6 +26,7 @@ from tanren.data.rows import Conversations, Items, Pairs
 from tanren.engine import loop
 from tanren.engine.checkpoint import TrainingState
 from tanren.engine.distributed import Ranks
+from tanren.engine.step import Budget, Objective
 from tanren.plan.checks import check_schedule, check_vocabulary
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import TuningPlan, by_nemo, digest
@@ -227,7 +228,7 @@ def lay_out(plan: TuningPlan, data: Data, rows: Conversations | Pairs, ranks: Ra
 class Work:
     """What a training does, ready to be done: what it minimises, reads, and is measured on."""
 
-    objective: loop.Objective
+    objective: Objective
     feed: RowFeed
     held_out: loop.HeldOut | None
 
@@ -241,7 +242,7 @@ def train(session: Session, steps: int, begin: Callable[[TrainingState], Work | 
     """
     plan = session.plan
     assert isinstance(plan, TuningPlan)
-    budget = loop.Budget(steps, plan.recipe.global_batch)
+    budget = Budget(steps, plan.recipe.global_batch)
     if by_nemo(plan.recipe):
         # It is imported nowhere else, and only where it is installed.
         from tanren.stages.nemo.trainer import train as train_by_nemo

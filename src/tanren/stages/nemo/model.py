@@ -13,8 +13,8 @@ from nemo.lightning.megatron_parallel import MegatronLossReduction
 
 from tanren.config.model import Model
 from tanren.data.blend import Batch
-from tanren.engine import loop
 from tanren.engine.packed import block_mask, sequence_params
+from tanren.engine.step import Objective
 
 # What has kernels on a GPU alone.
 _FUSED = (
@@ -101,7 +101,7 @@ class Tuned(llm.LlamaModel):
     """NeMo's LLaMA whose step is an objective of ours on packed micro batches."""
 
     # Set before training: what is minimised, and where its reports go.
-    objective: loop.Objective
+    objective: Objective
     reduction: Reduction
 
     def configure_model(self, vp_stage: int | None = None) -> None:

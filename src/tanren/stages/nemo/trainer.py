@@ -25,6 +25,8 @@ from tanren.engine import loop, timing
 from tanren.engine.checkpoint import TrainingState
 from tanren.engine.log import Metrics
 from tanren.engine.optimizer import build_schedule, optimizer_config
+from tanren.engine.step import Budget, Feed, Total, check_after, check_before, totals
+from tanren.engine.stop import Rhythm
 from tanren.plan.plan import TuningPlan
 from tanren.stages import training
 from tanren.stages.nemo.checkpoint import Checkpoints
@@ -41,7 +43,7 @@ class _StoppedBefore(Exception):  # noqa: N818
 
 def train(
     session: Session,
-    budget: loop.Budget,
+    budget: Budget,
     begin: Callable[[TrainingState], Work | None],
     made: Callable[[], dict[str, Any]],
 ) -> None:
@@ -71,7 +73,7 @@ def train(
         metrics.close()
 
 
-def trainer_of(session: Session, budget: loop.Budget, steps: Steps) -> nl.Trainer:
+def trainer_of(session: Session, budget: Budget, steps: Steps) -> nl.Trainer:
     """Lightning's Trainer with NeMo's strategy, without what a run folder has of its own."""
     plan, device = session.plan, session.ranks.device
     on_gpu, recipe = device.type == "cuda", plan.recipe
@@ -164,13 +166,13 @@ class _Sampler(DataSampler):
 class Rows(pl.LightningDataModule):
     """The rows of the steps that are left, as micro batches of this rank."""
 
-    def __init__(self, budget: loop.Budget, workers: int) -> None:
+    def __init__(self, budget: Budget, workers: int) -> None:
         super().__init__()
         self.data_sampler = _Sampler(self)
         self.budget, self.workers = budget, workers
         # Set when training begins.
         self.state: TrainingState
-        self.feed: loop.Feed
+        self.feed: Feed
 
     def train_dataloader(self) -> Any:
         """Lightning asks for it, and at once for its iterator, when it knows where it goes on."""
@@ -198,7 +200,7 @@ class Steps(pl.Callback):
     def __init__(
         self,
         session: Session,
-        budget: loop.Budget,
+        budget: Budget,
         begin: Callable[[TrainingState], Work | None],
         rows: Rows,
         metrics: Metrics,
@@ -209,10 +211,10 @@ class Steps(pl.Callback):
         assert isinstance(plan, TuningPlan)
         self.plan, self.device = plan, session.ranks.device
         settings = plan.recipe.checkpoints
-        self.rhythm = loop.Rhythm(settings.every_steps, settings.every_minutes)
+        self.rhythm = Rhythm(settings.every_steps, settings.every_minutes)
         self.checkpoints = Checkpoints(plan)
         self.stopped: str | None = None
-        self._total: loop.Total | None = None
+        self._total: Total | None = None
         self._began = self._rate = 0.0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -258,7 +260,7 @@ class Steps(pl.Callback):
     def reduce(self, reports: list[torch.Tensor]) -> float:
         """What the ranks say of a step: its mean loss, of the whole global batch."""
         objective = self.work.objective
-        self._total = loop.totals(
+        self._total = totals(
             reports, objective.width, self.device,
             stop=self.session.stop.reason is not None, late=self.rhythm.late,
         )  # fmt: skip
@@ -269,7 +271,7 @@ class Steps(pl.Callback):
     ) -> None:
         """The gradients are there, the weights are as they were."""
         assert self._total is not None
-        loop.check_before(self.state.iteration, self.work.objective, self._total)
+        check_before(self.state.iteration, self.work.objective, self._total)
 
     def on_train_batch_end(
         self,
@@ -283,7 +285,7 @@ class Steps(pl.Callback):
         state, work, held_out, total = self.state, self.work, self.work.held_out, self._total
         assert total is not None
         grad_norm = float(trainer.callback_metrics["grad_norm"])
-        loop.check_after(state.iteration, grad_norm)
+        check_after(state.iteration, grad_norm)
         state.schedule.step(increment=self.budget.global_batch)
         state.iteration += 1
         seconds = time.perf_counter() - self._began
