@@ -15,18 +15,9 @@ from tanren.config.errors import RequestError
 from tanren.config.load import read_model, read_recipe
 from tanren.plan.make import make_plan
 from tanren.plan.midtrain import has_new_data
-from tanren.plan.paths import RunFolder
-from tanren.plan.plan import (
-    Begun,
-    Machine,
-    MidtrainPlan,
-    Product,
-    Request,
-    differences,
-    read_plan,
-    reference,
-    stage_of,
-)
+from tanren.plan.paths import RunFolder, stage_of
+from tanren.plan.plan import Begun, Machine, MidtrainPlan, Product, Request, differences, read_plan
+from tanren.plan.references import reference
 from tanren.plan.training import refuse_processors
 from tests.conftest import RECIPES, REPOSITORY
 

@@ -17,7 +17,8 @@ from tanren.launch.container import Container
 from tanren.launch.orders import Order, shown
 from tanren.plan.make import make_plan
 from tanren.plan.paths import APART_STAGES, RunFolder
-from tanren.plan.plan import Plan, Request, product_behind, read_plan, references
+from tanren.plan.plan import Plan, Request, read_plan
+from tanren.plan.references import product_behind, references
 from tanren.plan.site import Place
 
 

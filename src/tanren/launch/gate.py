@@ -16,8 +16,8 @@ from tanren.launch.orders import Order, shown
 from tanren.plan import gate
 from tanren.plan.gate import BF16, CONTROL, SCALINGS, Comparison, Curves
 from tanren.plan.make import make_plan
-from tanren.plan.paths import TRAINING_STAGES, RunFolder, run_name
-from tanren.plan.plan import Machine, read_plan, stage_name
+from tanren.plan.paths import TRAINING_STAGES, RunFolder, run_name, stage_name
+from tanren.plan.plan import Machine, read_plan
 
 
 @dataclass(frozen=True)

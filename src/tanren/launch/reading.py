@@ -16,21 +16,9 @@ from tanren.launch import container, inputs, soups
 from tanren.launch.machine import this_machine, visible_gpus
 from tanren.launch.orders import Order, check_names, order_of, recipe_of, runs_root
 from tanren.plan.bench import made_up_data
-from tanren.plan.paths import APART_STAGES, RunFolder
-from tanren.plan.plan import (
-    Begun,
-    Machine,
-    Product,
-    Request,
-    digest,
-    of_soup,
-    own_image,
-    product_behind,
-    read_plan,
-    reference,
-    references,
-    stage_of,
-)
+from tanren.plan.paths import APART_STAGES, RunFolder, stage_of
+from tanren.plan.plan import Begun, Machine, Product, Request, digest, own_image, read_plan
+from tanren.plan.references import of_soup, product_behind, reference, references
 
 
 def read_request(order: Order, machine: Machine | None = None) -> Request:

@@ -34,15 +34,8 @@ from tanren.launch import container, origins, queue
 from tanren.launch.machine import visible_gpus
 from tanren.launch.orders import runs_root, shown
 from tanren.plan.paths import RunFolder
-from tanren.plan.plan import (
-    ExportPlan,
-    MergePlan,
-    Plan,
-    differences,
-    parse_plan,
-    reference,
-    references,
-)
+from tanren.plan.plan import ExportPlan, MergePlan, Plan, differences, parse_plan
+from tanren.plan.references import reference, references
 
 # Of a run that another stands on, these stay its own.
 _OWN = (".lock", ".worker", ".submit", "STOP", "jobs.json", "order.json", "hosts", "log", "hf")

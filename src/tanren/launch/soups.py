@@ -10,8 +10,9 @@ from tanren.config.errors import RequestError
 from tanren.config.merge import ExportReference, Merge, export_named
 from tanren.launch import inputs
 from tanren.launch.orders import Order
-from tanren.plan.paths import TRAINING_STAGES, RunFolder, iteration_of, run_name
-from tanren.plan.plan import Product, Request, references, stage_of
+from tanren.plan.paths import TRAINING_STAGES, RunFolder, iteration_of, run_name, stage_of
+from tanren.plan.plan import Product, Request
+from tanren.plan.references import references
 
 
 def products(request: Request) -> dict[str, Product]:

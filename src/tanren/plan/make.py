@@ -24,11 +24,9 @@ from tanren.plan.plan import (
     Product,
     Request,
     common,
-    of_soup,
-    product_of,
-    references,
     settings_of,
 )
+from tanren.plan.references import of_soup, product_of, references
 from tanren.plan.tuning import tuning_plan
 
 

@@ -13,16 +13,8 @@ from tanren.plan.checks import check_schedule, check_vocabulary
 from tanren.plan.cost import estimated_hours, fitted
 from tanren.plan.mix import Mixture, SourceCount, count_notes, make_mixture
 from tanren.plan.paths import TRAINING_STAGES, RunFolder
-from tanren.plan.plan import (
-    MidtrainPlan,
-    Plan,
-    Product,
-    Request,
-    common,
-    comparable,
-    product_of,
-    settings_of,
-)
+from tanren.plan.plan import MidtrainPlan, Plan, Product, Request, common, comparable, settings_of
+from tanren.plan.references import product_of
 from tanren.plan.training import (
     FREE,
     begin,

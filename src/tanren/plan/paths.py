@@ -6,6 +6,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from tanren.config.errors import RequestError
+from tanren.config.schema import STAGES
+
 # The stages whose product depends on the variant and the name that a person gives a run. The
 # others prepare what several runs share.
 TRAINING_STAGES = ("midtrain", "sft", "dpo")
@@ -272,3 +275,18 @@ def iteration_of(folder: Path) -> int | None:
     """The iteration that a checkpoint folder's name states; None for other names."""
     digits = folder.name.removeprefix("iter_")
     return int(digits) if folder.name.startswith("iter_") and digits.isdigit() else None
+
+
+def stage_name(stage_reference: str) -> str:
+    """What stands behind `stage:`."""
+    return stage_reference.removeprefix("stage:")
+
+
+def stage_of(folder_name: str) -> str:
+    """The stage of a run folder's name (`midtrain.100B-try2` → `midtrain`)."""
+    for stage in STAGES:
+        if folder_name == stage or folder_name.startswith((stage + ".", stage + "-")):
+            return stage
+    raise RequestError(
+        f"stage:{folder_name}", "names no stage", f"the stages are {', '.join(STAGES)}"
+    )

@@ -17,16 +17,16 @@ from pydantic import Field, TypeAdapter, ValidationError
 from tanren.config.data import Preprocess
 from tanren.config.errors import RequestError
 from tanren.config.fields import Strict
-from tanren.config.merge import Merge, export_named
+from tanren.config.merge import Merge
 from tanren.config.model import Model
-from tanren.config.schema import STAGES, Convert, Evaluation, Export, Recipe
+from tanren.config.schema import Convert, Evaluation, Export, Recipe
 from tanren.config.training import Dpo, Midtrain, Sft, Training, Tuning
 from tanren.plan.batch import Batch, Cut
 from tanren.plan.bench import Bench
 from tanren.plan.cost import Gpu
 from tanren.plan.memory import Memory
 from tanren.plan.mix import Mixture
-from tanren.plan.paths import EXPORTS, TRAINING_STAGES, Part, RunFolder, run_name
+from tanren.plan.paths import Part, RunFolder, run_name, stage_name, stage_of
 
 
 @dataclass(frozen=True)
@@ -321,72 +321,11 @@ def by_nemo(recipe: Recipe | Training) -> bool:
     return isinstance(recipe, Tuning) and recipe.engine == "nemo"
 
 
-def reference(stage_reference: str, variant: str | None, name: str | None) -> str:
-    """The run folder's name that `stage:X` means inside a run of this variant and name.
-
-    Training stages, soups and exports follow the run's variant and name, so that an export of
-    NAME=a never takes the weights of another run. Preparing stages are shared. A full name
-    (`stage:midtrain-a`) is taken as it is.
-    """
-    stage = stage_name(stage_reference)
-    follows = stage in (*TRAINING_STAGES, *EXPORTS, "merge")
-    return run_name(stage, variant, name) if follows else stage
-
-
 def own_image(recipe: Recipe | Training) -> Literal["merge", "nemo"] | None:
     """The image, or the environment, that a recipe's stage has to itself."""
     if isinstance(recipe, Merge):
         return "merge"
     return "nemo" if by_nemo(recipe) else None
-
-
-def stage_name(stage_reference: str) -> str:
-    """What stands behind `stage:`."""
-    return stage_reference.removeprefix("stage:")
-
-
-def references(recipe: Recipe) -> tuple[str, ...]:
-    """Every `stage:X` that a recipe stands on, in the order in which to make them."""
-    if isinstance(recipe, Convert):
-        found = [recipe.tokenizer]
-    elif isinstance(recipe, Midtrain):
-        found = [recipe.data, recipe.init]
-    elif isinstance(recipe, Tuning):
-        found = [recipe.tokenizer, recipe.init]
-    elif isinstance(recipe, Export):
-        found = [recipe.of]
-    elif isinstance(recipe, Merge):
-        return tuple(model for model in recipe.ingredients if export_named(model))
-    elif isinstance(recipe, Evaluation):
-        if of_soup(recipe):
-            return (recipe.of,)
-        whose = stage_of(stage_name(recipe.of))
-        found = [recipe.of, f"stage:{run_name('export', None, None, whose)}"]
-    else:
-        found = []
-    return tuple(r for r in found if r is not None and r.startswith("stage:"))
-
-
-def product_behind(request: Request, stage_reference: str) -> Product:
-    """The product of one of `references`. A soup names the export of a run by its whole name."""
-    if isinstance(request.recipe, Merge):
-        return request.products[stage_reference]
-    return request.products[reference(stage_reference, request.variant, request.name)]
-
-
-def of_soup(recipe: Evaluation) -> bool:
-    """Whether it is a soup that is evaluated, which is a Hugging Face folder without an export."""
-    return stage_of(stage_name(recipe.of)) == "merge"
-
-
-def stage_of(folder_name: str) -> str:
-    """The stage of a run folder's name (`midtrain.100B-try2` → `midtrain`)."""
-    for stage in STAGES:
-        if folder_name == stage or folder_name.startswith((stage + ".", stage + "-")):
-            return stage
-    raise RequestError(
-        f"stage:{folder_name}", "names no stage", f"the stages are {', '.join(STAGES)}"
-    )
 
 
 def common(request: Request, settings: dict[str, Any], launch: Launch) -> dict[str, Any]:
@@ -408,18 +347,6 @@ def settings_of(recipe: Strict, *, without: tuple[str, ...] = ()) -> dict[str, A
     # What is asked of a scheduler, who watches, and how fast it once was, change no result.
     left_out = (*without, "job", "tracking", "measured")
     return {key: value for key, value in dumped.items() if key not in left_out}
-
-
-def product_of(request: Request, stage_reference: str, *stages: str) -> Product:
-    """The product that a recipe refers to, which must be of one of these stages."""
-    product = product_behind(request, stage_reference)
-    if product.stage not in stages:
-        raise RequestError(
-            request.recipe_file,
-            f"{stage_reference} is a {product.stage} stage",
-            f"here it must be {' or '.join(f'stage:{stage}' for stage in stages)}",
-        )
-    return product
 
 
 def comparable(before: Mapping[str, Any], now: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from tanren.plan.batch import data_parallel_size, stated_steps, tokens_per_step
 from tanren.plan.checks import check_layout, check_shape
 from tanren.plan.cost import check_memory
 from tanren.plan.memory import checkpoint_gib
-from tanren.plan.plan import Launch, Product, Request, own_image, product_of
+from tanren.plan.plan import Launch, Product, Request, own_image
+from tanren.plan.references import product_of
 
 # A base that the recipe leaves to whoever starts the run, and how it is named.
 GIVEN = "given"

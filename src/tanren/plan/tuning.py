@@ -12,16 +12,8 @@ from tanren.plan.checks import check_schedule, check_vocabulary
 from tanren.plan.cost import estimated_hours, fitted
 from tanren.plan.nemo import check_nemo
 from tanren.plan.paths import TRAINING_STAGES, examples_cache
-from tanren.plan.plan import (
-    DpoPlan,
-    Request,
-    SftPlan,
-    by_nemo,
-    common,
-    digest,
-    product_of,
-    settings_of,
-)
+from tanren.plan.plan import DpoPlan, Request, SftPlan, by_nemo, common, digest, settings_of
+from tanren.plan.references import product_of
 from tanren.plan.training import (
     FREE,
     Start,
