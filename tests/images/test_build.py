@@ -207,7 +207,8 @@ def test_without_root_the_builder_is_asked_for_fakeroot(
                                  _log(places), quiet)  # fmt: skip
     assert calls["options"] == [
         "--bind", "/w:/mnt:ro", "--bind", f"{REPOSITORY}:/srv:ro", "--fakeroot", "--build-arg",
-        "A=b", "--mksquashfs-args", "-all-time 0 -mkfs-time 0",
+        "A=b", "--mksquashfs-args",
+        "-comp gzip -Xcompression-level 4 -all-time 0 -mkfs-time 0",
     ]  # fmt: skip
     assert calls["sudo"] is False
 

@@ -25,6 +25,8 @@ from tanren.images.definition import Image
 
 TAIL_LINES = 15
 _LABEL = "org.tanren."
+# Every kernel mounts gzip. mksquashfs's own level 9 takes six times the CPU of 4, for 4 % less.
+_PACKING = "-comp gzip -Xcompression-level 4 -all-time 0 -mkfs-time 0"
 # What a builder's log says, and what to do about it.
 _HINTS = (
     (r"No space left on device", "free some space, or set TMPDIR to a larger node-local folder"),
@@ -124,7 +126,7 @@ def run_builder(
     helped = subprocess.run(["singularity", "build", "--help"], capture_output=True, text=True,
                             check=False).stdout  # fmt: skip
     if "--mksquashfs-args" in helped:  # SingularityCE has no such option; its images differ in time
-        options += ["--mksquashfs-args", "-all-time 0 -mkfs-time 0"]
+        options += ["--mksquashfs-args", _PACKING]
     failure: list[BaseException] = []
 
     def work() -> None:
