@@ -15,7 +15,7 @@ from tanren.config.load import read_recipe
 from tanren.convert import hf
 from tanren.data import fetch, hub
 from tanren.data.sources import files_of
-from tanren.launch import container, fetching, inputs, reading
+from tanren.launch import changes, container, fetching, inputs, reading
 from tanren.launch.orders import Order
 from tanren.plan.make import make_plan
 from tanren.plan.paths import RunFolder
@@ -149,7 +149,7 @@ def test_a_run_fetches_and_knows_when_its_text_moved(
     data = Path(os.environ["DATA"])
     data.rename(data.with_name("away"))
     assert "is done" in bare("preprocess", recipe).out
-    assert reading.changed_files(reading.read_request(order(task, "convert"))) == []
+    assert changes.below(order(task, "convert"), reading.read_request(order(task, "convert"))) == []
     data.with_name("away").rename(data)
     fake_hub.repositories["datasets/o/corpus"].commit({**WEB, "ja/c.jsonl": LINE % b"other"})
     moved = bare("fetch", recipe, "--update")
@@ -157,8 +157,8 @@ def test_a_run_fetches_and_knows_when_its_text_moved(
     again = bare("preprocess", recipe)
     assert again.code == 2
     assert "was made with other settings: inputs.web" in again.err
-    changes = reading.changed_files(reading.read_request(order(task, "convert")))
-    assert ["was made from other files" in change.problem for change in changes] == [True]
+    noticed = changes.below(order(task, "convert"), reading.read_request(order(task, "convert")))
+    assert ["was made from other files" in change.problem for change in noticed] == [True]
 
 
 def test_a_cluster_is_given_no_job_whose_files_are_not_here(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,16 @@ from rich.console import Console
 from tanren import runs
 from tanren.cli.run import run_stage
 from tanren.config.errors import RequestError
-from tanren.launch import orders, reading, submit
+from tanren.config.load import read_model
+from tanren.launch import changes, orders, origins, reading, submit
 from tanren.launch.orders import Order
 from tanren.plan.make import make_plan
 from tanren.plan.paths import RunFolder
+from tanren.plan.plan import SftPlan, read_plan
 from tanren.report import terminal
 from tests.conftest import RECIPES, REPOSITORY
+
+SHAPE = read_model("tiny").model_dump(mode="json")
 
 
 @pytest.fixture
@@ -96,21 +102,106 @@ def test_a_changed_file_is_another_setting(task: Path) -> None:
 
 
 def test_files_that_changed_after_they_became_tokens_are_noticed(task: Path) -> None:
-    corpus = task / "web.jsonl"
-    corpus.write_text('{"text": "a"}\n')
-    with (task / "preprocess.yaml").open("a") as recipe:
-        recipe.write("  - name: web\n    path: web.jsonl\n")
-    folder = finish_preprocess(task)
+    corpus, folder = add_web(task), finish_preprocess(task)
     order = Order(task / "convert.yaml")
-    assert reading.changed_files(reading.read_request(order)) == []
+    assert changes.below(order, reading.read_request(order)) == []
     corpus.write_text('{"text": "a"}\n{"text": "b"}\n')
-    (change,) = reading.changed_files(reading.read_request(order))
+    (change,) = changes.below(order, reading.read_request(order))
     assert change.place == str(folder.root)
     assert "was made from other files: web 1 files of 14 bytes" in change.problem
     assert "1 files of 28 bytes" in change.problem
     assert f"rm -r {folder.root}" in change.next_step
     corpus.unlink()
-    assert reading.changed_files(reading.read_request(order)) == []
+    assert changes.below(order, reading.read_request(order)) == []
+
+
+def add_web(task: Path) -> Path:
+    corpus = task / "web.jsonl"
+    corpus.write_text('{"text": "a"}\n')
+    with (task / "preprocess.yaml").open("a") as recipe:
+        recipe.write("  - name: web\n    path: web.jsonl\n")
+    return corpus
+
+
+def test_files_of_another_time_and_the_same_content_are_no_change(task: Path) -> None:
+    corpus, order = add_web(task), Order(task / "convert.yaml")
+    folder = finish_preprocess(task)
+    plan = read_plan(folder.plan)
+    runs.write_json(folder.passport, {"attempts": [{"inputs": origins.inputs_of(plan)}]})
+    os.utime(corpus, (1, 1))
+    assert look(task, "preprocess").done
+    assert changes.below(order, reading.read_request(order)) == []
+    # The same size, another letter.
+    corpus.write_text('{"text": "b"}\n')
+    with pytest.raises(RequestError, match=r"other settings: inputs\.web"):
+        look(task, "preprocess")
+    (change,) = changes.below(order, reading.read_request(order))
+    assert "was made from other files: web" in change.problem
+    # Without what a passport knows, time is all there is.
+    corpus.write_text('{"text": "a"}\n')
+    folder.passport.unlink()
+    with pytest.raises(RequestError, match=r"other settings: inputs\.web"):
+        look(task, "preprocess")
+
+
+def test_an_edited_recipe_below_is_noticed(task: Path) -> None:
+    finish_preprocess(task)
+    order, recipe = Order(task / "convert.yaml"), task / "preprocess.yaml"
+    plain = recipe.read_text()
+    assert changes.below(order, reading.read_request(order)) == []
+    recipe.write_text(plain + "append_eod: false\n")
+    (change,) = changes.below(order, reading.read_request(order))
+    assert change.problem == ("was made with other settings: append_eod True there, False here")
+    with pytest.raises(RequestError, match="append_eod True there"):
+        run_stage(replace(order, runtime="native", site="local"), True, Console())
+    said: list[str] = []
+    changes.refuse_below(order, reading.read_request(order), False, said.append)
+    assert said[0].endswith("False here; this run has what was there before")
+    # A recipe that cannot be read is not what convert needs.
+    recipe.write_text("sources: [")
+    assert changes.below(order, reading.read_request(order)) == []
+    recipe.unlink()
+    assert changes.below(order, reading.read_request(order)) == []
+
+
+def test_what_set_made_of_a_recipe_below_is_no_change(task: Path) -> None:
+    finish_preprocess(task)
+    sets = ("append_eod=false", "sources=[{name: reference, path: a.jsonl}]")
+    (task / "a.jsonl").write_text('{"text": "a"}\n')
+    made = make_plan(reading.read_request(Order(task / "preprocess.yaml", assignments=sets)))
+    runs.write_json(made.folder.plan, json.loads(made.model_dump_json()))
+    order = Order(task / "convert.yaml")
+    assert changes.below(order, reading.read_request(order)) == []
+
+
+def test_trials_share_a_base_that_has_no_run_of_their_name(task: Path) -> None:
+    order = Order(task / "sft.yaml", name="a")
+
+    def base() -> str:
+        (product,) = (p for p in reading.read_request(order).products.values()
+                      if p.stage == "midtrain")  # fmt: skip
+        return product.folder.root.name
+
+    assert base() == "midtrain-a"
+    with pytest.raises(RequestError, match="stands on midtrain-a, which has not been made"):
+        reading.refuse_missing(order, reading.read_request(order))
+    result = {"iteration": 320, "hf": "/hf", "tokenizer": "/tokenizer", "model": SHAPE}
+    finish(task, "midtrain", result, "checkpoints/iter_0000320")
+    assert base() == "midtrain"
+    request = reading.read_request(order)
+    assert reading.missing(order, request) == []
+    plan = make_plan(request)
+    assert isinstance(plan, SftPlan)
+    assert plan.start.endswith("runs/tiny/midtrain/checkpoints/iter_0000320")
+    assert plan.notes == ("its base is midtrain: there is no midtrain-a",)
+    # An export is of the run of its own name alone.
+    export = reading.read_request(Order(task / "export.yaml", name="a"))
+    assert list(export.products) == ["midtrain-a"]
+    assert export.products["midtrain-a"].folder.root.name == "midtrain-a"
+    own = RunFolder(task.parent / "runs" / "tiny" / "midtrain-a")
+    own.root.mkdir()
+    shutil.copy(task.parent / "runs" / "tiny" / "midtrain" / "plan.json", own.plan)
+    assert base() == "midtrain-a", "as soon as it has begun"
 
 
 def test_an_export_is_done_only_while_its_model_is_there(task: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def run_stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
     Returns:
         the scheduler's jobs of the stage; none where it ran here or is done.
     """
-    from tanren.launch import clusters, fetching, orders, parts, reading, submit
+    from tanren.launch import changes, clusters, fetching, orders, parts, reading, submit
     from tanren.plan.make import make_plan
     from tanren.report import terminal
 
@@ -53,11 +53,10 @@ def run_stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
         request = reading.read_request(order)
     planned = make_plan(request)
     start = submit.look(planned)
-    for change in reading.changed_files(request):
-        if not (start.done or start.iteration):
-            raise change
-        screen.print(f"note: {change.place} {change.problem}; this run has what was there before",
-                     markup=False, highlight=False)  # fmt: skip
+    changes.refuse_below(
+        order, request, not (start.done or start.iteration),
+        lambda text: screen.print(text, markup=False, highlight=False),
+    )  # fmt: skip
     if start.done:
         screen.print(f"[bold]{planned.stage}[/] is done: {orders.shown(planned.run)}")
         terminal.summary(planned, screen)

@@ -134,7 +134,7 @@ def plan(
     now, jobs = clusters.state_of(planned.folder)
     if now in clusters.GOING:
         state += f"; {now} now{', job ' + ', '.join(jobs) if jobs else ''}"
-    waiting = [needed.recipe_file.stem for needed in reading.missing(order, request)]
+    waiting = reading.missing_runs(order, request)
     if waiting:
         state += f"; {', '.join(waiting)} must be made first (make does it, or --needs)"
     inside = submit.container_for(order, request, place.type.gpus if place else None)

@@ -12,7 +12,7 @@ from pathlib import Path
 from tanren import provenance, runs
 from tanren.config.errors import RequestError, TanrenError
 from tanren.config.load import read_user, repository
-from tanren.launch import container, fetching, orders, parts, queue, reading, soups, submit
+from tanren.launch import changes, container, fetching, orders, parts, queue, reading, soups, submit
 from tanren.launch.container import Container
 from tanren.launch.orders import Order, shown
 from tanren.plan.make import make_plan
@@ -58,6 +58,7 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
     # Before anything is submitted: what does not fit is refused here.
     plan = make_plan(request)
     start = submit.look(plan)
+    changes.refuse_below(order, request, not (start.done or start.iteration), say)
     if not start.done:
         provenance.refuse_dirty(
             repository(), order.allow_dirty or bool(os.environ.get("ALLOW_DIRTY"))

@@ -17,8 +17,8 @@ from tanren.launch.machine import this_machine, visible_gpus
 from tanren.launch.orders import Order, check_names, order_of, recipe_of, runs_root
 from tanren.plan.bench import made_up_data
 from tanren.plan.paths import APART_STAGES, RunFolder, stage_of
-from tanren.plan.plan import Begun, Machine, Product, Request, digest, own_image, read_plan
-from tanren.plan.references import of_soup, product_behind, reference, references
+from tanren.plan.plan import Begun, Machine, Product, Request, digest, own_image
+from tanren.plan.references import candidates, of_soup, product_behind, reference, references
 
 
 def read_request(order: Order, machine: Machine | None = None) -> Request:
@@ -67,7 +67,9 @@ def with_products(request: Request) -> Request:
                 f"{wanted} is this run itself",
                 "name another run (stage:midtrain-NAME), or checkpoint:PATH",
             )
-        products[name] = read_product(folder)
+        products[name] = read_product(
+            begun_of(request.recipe, wanted, request.variant, request.name, folder.root.parent)
+        )
     if request.bench and not request.bench.real and isinstance(request.recipe, Midtrain):
         made_up = Product("preprocess", request.folder.made_up, result=made_up_data(request.recipe))
         products = {reference(request.recipe.data, request.variant, request.name): made_up}
@@ -81,6 +83,19 @@ def with_products(request: Request) -> Request:
         steps=laid_out.get("steps"),
         steps_of=laid_out.get("settings"),
     )
+
+
+def begun_of(
+    recipe: Recipe, wanted: str, variant: str | None, name: str | None, task: Path
+) -> RunFolder:
+    """The folder behind a reference: of its candidates the first that has begun, else the first.
+
+    Args:
+        task: the task's folder of runs.
+    """
+    folders = [RunFolder(task / one) for one in candidates(recipe, wanted, variant, name)]
+    begun = (one for one in folders if one.plan.exists() or one.jobs.exists())
+    return next(begun, folders[0])
 
 
 def _with_current_export(recipe: Evaluation, products: dict[str, Product]) -> dict[str, Product]:
@@ -157,7 +172,7 @@ def needed(order: Order, request: Request, wanted: str) -> Order | None:
     if isinstance(request.recipe, Merge):
         run = soups.run_of(wanted)
         return soups.order_for(order, order_of(order, run, stage_of(run)), wanted)
-    plain = order_of(order, reference(wanted, order.variant, order.name), product.stage)
+    plain = order_of(order, product.folder.root.name, product.stage)
     return _export_for(order, plain, request.recipe) if product.stage == "export" else plain
 
 
@@ -170,43 +185,20 @@ def _export_for(order: Order, plain: Order, recipe: Recipe) -> Order:
                    plain_if_absent=True)  # fmt: skip
 
 
+def missing_runs(order: Order, request: Request) -> list[str]:
+    """The run folders' names of `missing`."""
+    return [
+        product_behind(request, wanted).folder.root.name
+        for wanted in references(request.recipe)
+        if needed(order, request, wanted) is not None
+    ]
+
+
 def refuse_missing(order: Order, request: Request) -> None:
     """Name the command that makes what is missing."""
-    for needed in missing(order, request):
-        stage = needed.recipe_file.stem
+    for run, needed in zip(missing_runs(order, request), missing(order, request), strict=True):
         raise RequestError(
             request.folder.root,
-            f"stands on {stage}, which has not been made",
-            f"{needed.command(stage)}   (or add --needs, as make does)",
+            f"stands on {run}, which has not been made",
+            f"{needed.command(needed.recipe_file.stem)}   (or add --needs, as make does)",
         )
-
-
-def changed_files(request: Request) -> list[RequestError]:
-    """The stages below this one whose files are no longer those that they were made from.
-
-    A file that is gone is no change: text may be removed once it is tokens.
-    """
-    found = []
-    for product in request.products.values():
-        if product.result is None or not product.folder.plan.exists():
-            continue
-        before = read_plan(product.folder.plan)
-        try:
-            now = inputs.marks(before.recipe)
-        except RequestError:
-            continue
-        was = before.settings.get("inputs", {})
-        changes = [
-            f"{key} {was.get(key)} then, {mark} now"
-            for key, mark in now.items()
-            if mark is not None and was.get(key) != mark
-        ]
-        if changes:
-            found.append(
-                RequestError(
-                    product.folder.root,
-                    f"was made from other files: {'; '.join(changes)}",
-                    f"rm -r {product.folder.root}, and the same command makes it again",
-                )
-            )
-    return found

@@ -33,9 +33,10 @@ from tanren.images.lock import read_lock
 from tanren.launch import container, origins, queue
 from tanren.launch.machine import visible_gpus
 from tanren.launch.orders import runs_root, shown
+from tanren.launch.reading import begun_of
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import ExportPlan, MergePlan, Plan, differences, parse_plan
-from tanren.plan.references import reference, references
+from tanren.plan.references import references
 
 # Of a run that another stands on, these stay its own.
 _OWN = (".lock", ".worker", ".submit", "STOP", "jobs.json", "order.json", "hosts", "log", "hf")
@@ -206,9 +207,9 @@ def _needed(plan: Plan, of: RunFolder, root: Path) -> list[tuple[Path, bool]]:
     if isinstance(plan, MergePlan):  # its recipe will name the folders themselves
         return found
     for wanted in references(plan.recipe):
-        name = reference(wanted, plan.variant, plan.name)
-        passport = root / plan.task / name / "passport.json"
-        found.append((of.root.parent / name, not passport.exists() or passport.is_symlink()))
+        old = begun_of(plan.recipe, wanted, plan.variant, plan.name, of.root.parent).root
+        passport = root / plan.task / old.name / "passport.json"
+        found.append((old, not passport.exists() or passport.is_symlink()))
     return found
 
 

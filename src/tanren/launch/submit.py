@@ -13,7 +13,7 @@ from tanren import provenance, runs
 from tanren.config.errors import RequestError, TanrenError
 from tanren.config.load import repository
 from tanren.environments import HARNESS, MERGE, OWN
-from tanren.launch import container, local, native, origins
+from tanren.launch import changes, container, local, native, origins
 from tanren.launch.container import Container
 from tanren.launch.machine import visible_gpus
 from tanren.launch.orders import Order
@@ -28,8 +28,6 @@ from tanren.plan.plan import (
     PreprocessPlan,
     Request,
     TrainingPlan,
-    comparable,
-    differences,
     own_image,
     read_plan,
 )
@@ -55,7 +53,7 @@ def look(plan: Plan) -> Start:
         return Start(plan, False, None)
     if folder.plan.exists():
         before = read_plan(folder.plan)
-        changed = differences(before.settings, comparable(before.settings, plan.settings))
+        changed = changes.between(before, plan)
         done = made(folder, plan.stage) is not None
         if done and not changed:
             return Start(plan, True, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tanren.config.errors import RequestError
 from tanren.config.merge import Merge, export_named
 from tanren.config.schema import Convert, Evaluation, Export, Recipe
-from tanren.config.training import Midtrain, Tuning
+from tanren.config.training import Midtrain, Training, Tuning
 from tanren.plan.paths import EXPORTS, TRAINING_STAGES, run_name, stage_name, stage_of
 from tanren.plan.plan import Product, Request
 
@@ -36,12 +36,28 @@ def reference(stage_reference: str, variant: str | None, name: str | None) -> st
     """The run folder's name that `stage:X` means inside a run of this variant and name.
 
     Training stages, soups and exports follow the run's variant and name, so that an export of
-    NAME=a never takes the weights of another run. Preparing stages are shared. A full name
-    (`stage:midtrain-a`) is taken as it is.
+    NAME=a never takes the weights of another run (but see `candidates`). Preparing stages are
+    shared. A full name (`stage:midtrain-a`) is taken as it is.
     """
     stage = stage_name(stage_reference)
     follows = stage in (*TRAINING_STAGES, *EXPORTS, "merge")
     return run_name(stage, variant, name) if follows else stage
+
+
+def candidates(
+    recipe: Recipe, stage_reference: str, variant: str | None, name: str | None
+) -> tuple[str, ...]:
+    """The run folders' names that `stage:X` may mean, the first one that has begun before others.
+
+    What is exported or evaluated is the run's of the same variant and name alone. A training may
+    also stand on a base that has fewer of the two: trials of sft share one midtraining.
+    """
+    named = reference(stage_reference, variant, name)
+    stage = stage_name(stage_reference)
+    if not isinstance(recipe, Training) or stage not in (*TRAINING_STAGES, "merge"):
+        return (named,)
+    fewer = ((variant, None), (None, name), (None, None))
+    return tuple(dict.fromkeys([named, *(run_name(stage, *one) for one in fewer)]))
 
 
 def product_behind(request: Request, stage_reference: str) -> Product:

@@ -13,7 +13,7 @@ from tanren.plan.checks import check_layout, check_shape
 from tanren.plan.cost import check_memory
 from tanren.plan.memory import checkpoint_gib
 from tanren.plan.plan import Launch, Product, Request, own_image
-from tanren.plan.references import product_of
+from tanren.plan.references import product_of, reference
 
 # A base that the recipe leaves to whoever starts the run, and how it is named.
 GIVEN = "given"
@@ -68,12 +68,14 @@ def begin(request: Request, recipe: Training, *stages: str) -> Start:
     if kind != "stage":
         return Start(recipe.init)
     product = product_of(request, recipe.init, *stages)
+    named, there = reference(recipe.init, request.variant, request.name), product.folder.root.name
+    notes = (f"its base is {there}: there is no {named}",) if there != named else ()
     if product.result is None:
-        return Start(recipe.init, product=product)
+        return Start(recipe.init, product=product, notes=notes)
     check_shape(place, request.model, product.folder.root, product.result["model"])
     if product.stage == "merge":
         hf = str(product.result["hf"])
-        return Start(f"hf:{hf}", hf_source=hf, product=product)
+        return Start(f"hf:{hf}", hf_source=hf, product=product, notes=notes)
     checkpoint = str(product.folder.checkpoint(int(product.result["iteration"])))
     trained_by_lora = product.result.get("lora") is not None
     return Start(
@@ -82,6 +84,7 @@ def begin(request: Request, recipe: Training, *stages: str) -> Start:
         adapters=(*product.result.get("adapters", ()), checkpoint) if trained_by_lora else (),
         hf_source=product.result["hf"],
         product=product,
+        notes=notes,
     )
 
 
