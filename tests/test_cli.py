@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tanren import runs
+from tanren.cli import command
 from tanren.plan.paths import RunFolder
 from tests.conftest import RECIPES, REPOSITORY, Tanren
 
@@ -156,3 +158,32 @@ def test_make_passes_its_variables_on() -> None:
         "bin/tanren", "gate", "recipes/tiny/sft.yaml", "--steps", "120", "--fp8", "'delayed'",
         "--fp8", "'blockwise'", "--site", "'abci3'", "--needs",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "tanren: the disk of the run: No space left on device.\n"
+            "  next: free some space, or RUNS= on a larger disk; the same command goes on\n",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/runs/tiny"),
+            "tanren: /runs/tiny: Permission denied.\n"
+            "  next: mend that and run the same command again\n",
+        ),
+    ],
+)
+def test_what_the_system_refuses_is_said_with_what_to_do(
+    error: OSError, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(command, "app", fails)
+    monkeypatch.delenv("TANREN_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == said

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from tanren.config.errors import EXIT_TERMINATED, TanrenError
+from tanren.config.errors import EXIT_TERMINATED, TanrenError, is_full, of_system
 
 if TYPE_CHECKING:
     from tanren.launch.orders import Order
@@ -106,6 +106,10 @@ def main() -> None:
     except Exception as error:  # typer's usage errors have an exit code; anything else is our fault
         if os.environ.get("TANREN_DEBUG"):
             raise
+        if isinstance(error, OSError) and (error.filename or is_full(error)):
+            found = of_system(error, "the disk of the run")
+            _say(found)
+            sys.exit(found.exit_code)
         code = getattr(error, "exit_code", None)
         show = getattr(error, "show", None)
         if code is not None and show is not None:

@@ -6,6 +6,8 @@ The exit codes are the project's contract: 0 done, 1 the work failed, 2 the requ
 
 from __future__ import annotations
 
+import errno
+
 EXIT_FAILED = 1
 EXIT_REQUEST = 2
 EXIT_STOPPED = 75
@@ -69,4 +71,24 @@ def error_from_dict(value: dict[str, object]) -> TanrenError:
         str(value.get("place", "?")),
         str(value.get("problem", "unknown problem")),
         str(value.get("next_step", "")),
+    )
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk, or what one may have of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def of_system(error: OSError, place: object) -> WorkError:
+    """An error of the operating system for people.
+
+    Args:
+        place: what to name where the system names no file.
+    """
+    return WorkError(
+        error.filename or place,
+        error.strerror or str(error),
+        "free some space, or RUNS= on a larger disk; the same command goes on"
+        if is_full(error)
+        else "mend that and run the same command again",
     )

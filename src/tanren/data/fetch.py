@@ -6,7 +6,6 @@ fit on the disk, whether their content is what the hub states, and a manifest wh
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import os
@@ -23,7 +22,7 @@ from typing import Any
 import orjson
 
 from tanren import runs
-from tanren.config.errors import RequestError, TanrenError, WorkError
+from tanren.config.errors import RequestError, TanrenError, WorkError, is_full
 from tanren.data import hub
 from tanren.data.hub import Fetched, FetchedFile, Manifest, Reference, Wanted
 
@@ -405,7 +404,7 @@ def _explanation(error: BaseException, reference: Reference, file: str | None) -
             return RequestError(place, f"the hub refuses it to {login} ({status})",
                                 "set HF_TOKEN to a token that may read it")  # fmt: skip
         return WorkError(place, f"the hub answers {status}", "the same command goes on later")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and is_full(error):
         return WorkError(
             hub.data_root(), f"the disk was full while {place} came",
             "make room, or DATA= on a larger disk; the same command goes on",

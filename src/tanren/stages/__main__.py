@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from tanren import linux, provenance, runs
-from tanren.config.errors import TanrenError, WorkError
+from tanren.config.errors import TanrenError, WorkError, of_system
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import TrainingPlan, read_plan
 from tanren.stages.process import facts
@@ -99,11 +99,7 @@ def _leave(folder: RunFolder, error: TanrenError) -> None:
 
 def _unforeseen(folder: RunFolder, error: BaseException, attempt: int) -> TanrenError:
     if isinstance(error, OSError) and error.errno:
-        return WorkError(
-            error.filename or folder.root,
-            error.strerror or str(error),
-            "mend that and run the same command again",
-        )
+        return of_system(error, folder.root)
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
     return WorkError(
         folder.root,
