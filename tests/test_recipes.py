@@ -18,6 +18,7 @@ from tanren.data import hub
 from tanren.launch import fetching, inputs, orders, queue, reading
 from tanren.launch.mix import compile_mix
 from tanren.launch.orders import Order
+from tanren.launch.preview import Preview
 from tanren.plan.make import make_plan
 from tanren.plan.plan import MidtrainPlan, Plan, TrainingPlan
 from tanren.plan.site import Wish
@@ -195,7 +196,7 @@ def test_the_runs_that_are_reproduced_have_their_tokens_and_steps(
 def test_the_plan_of_many_sources_reads_in_a_few_lines() -> None:
     text = io.StringIO()
     plan = midtrain("v4-dolmino/midtrain.300B")
-    print_plan(plan, "new", None, [], [], Console(file=text, soft_wrap=True))
+    print_plan(Preview(plan), Console(file=text, soft_wrap=True))
     lines = text.getvalue().splitlines()
     assert [" ".join(line.split()) for line in lines[-9:]] == [
         "source tokens there ratio used epochs of the run",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tanren import provenance, runs
 from tanren.config.errors import RequestError
@@ -20,11 +23,14 @@ from tanren.config.fields import Job
 from tanren.config.load import read_site, read_user
 from tanren.config.site import Site, User
 from tanren.launch import clusters, orders, queue, reading, submit
+from tanren.launch.preview import Preview
 from tanren.plan.make import make_plan
 from tanren.plan.paths import RunFolder
-from tanren.plan.plan import MidtrainPlan
+from tanren.plan.plan import Machine, MidtrainPlan
 from tanren.plan.site import Wish, make_place
+from tanren.report.plan import print_plan
 from tests.conftest import RECIPES, REPOSITORY, SHORT, Finished, Tanren, wait_for
+from tests.plan.test_plan import midtrain
 
 FAKE = Path(__file__).with_name("fake_slurm.py")
 
@@ -157,7 +163,7 @@ def test_too_small_a_disk_is_said_before_anything_is_submitted(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(RequestError) as error:
         submit.check_disk(plan)
-    assert "has 0.1 GiB free, and the checkpoints of this run need 0.3 (9 kept and" in str(
+    assert "has 102 MiB free, and the checkpoints of this run need 270 MiB (9 kept and" in str(
         error.value
     )
     assert error.value.next_step.startswith("--set checkpoints.keep_last=2, free some space")
@@ -368,13 +374,39 @@ def test_what_the_site_has_not_is_refused_before_anything_is_submitted(
 
 def test_a_plan_says_what_the_submission_would_refuse(cluster: Cluster) -> None:
     cluster.tanren.environment["IMAGES"] = str(cluster.runs.parent)
-    said = "holds no image for GPUs (train.sif), which the job needs: make build-image IMAGE=train"
+    said = "holds no image for GPUs (train.sif), which the job needs; make build-image IMAGE=train"
     words = ("plan", str(RECIPES / "midtrain.yaml"), "--site", str(cluster.site), "--type")
     for runtime, kind, there in (("", "gpu", True), ("native", "gpu", False), ("", "cpu", False)):
         cluster.tanren.environment["RUNTIME"] = runtime
         done = cluster.tanren(*words, kind, *(("--runtime", runtime) if runtime else ()))
         assert done.code == 0, done.text
         assert (said in done.out) == there, done.out
+
+
+def test_a_plan_counts_a_chain_and_what_comes_before_it(empty: Cluster) -> None:
+    words = ("plan", str(RECIPES / "midtrain.yaml"), "--site", str(empty.site), "--hours", "2")
+    done = empty.tanren(*words, "--chain", "3")
+    rows = dict(re.split(r"  +", line, maxsplit=1) for line in done.out.splitlines()
+                if re.match(r"\w[\w ]*  +\S", line))  # fmt: skip
+    assert rows["jobs"].startswith("3, one after the other, each 1 x gpu on mine for at most 2")
+    assert rows["cost"] == "6.0 node-hours; the site's file knows no points"
+    # Each of them may take the hour of its recipe.
+    assert rows["before it"] == "preprocess, convert: at most 2.0 node-hours more"
+    assert rows["state"].startswith("new; preprocess, convert must be made first")
+    assert "holds no image for GPUs" in rows["refused now"]
+
+
+def test_a_time_that_is_too_short_for_a_run_counts_all_jobs() -> None:
+    abci = read_site("abci3")
+    place = make_place("abci3", abci, Job(), Wish(hours=1), "g", trains=True)
+    plan = midtrain(machine=Machine(gpus=8)).model_copy(update={"hours": (3.1, "measured")})
+
+    def too_short(jobs: int) -> bool:
+        text = io.StringIO()
+        print_plan(Preview(plan, place=place, jobs=jobs), Console(file=text, soft_wrap=True))
+        return "too short" in text.getvalue()
+
+    assert [too_short(jobs) for jobs in (1, 3, 4)] == [True, True, False]
 
 
 def test_the_limits_of_abci_name_what_fits() -> None:

@@ -354,7 +354,7 @@ def test_too_small_a_disk_is_said_before_hours_of_preparation(
     usage = shutil.disk_usage("/")._replace(free=2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     order = Order(task / "midtrain.yaml", runtime="native", site="local")
-    with pytest.raises(RequestError, match=r"has 0.0 GiB free, and the checkpoints of this run"):
+    with pytest.raises(RequestError, match=r"has 1 MiB free, and the checkpoints of this run"):
         run_stage(order, True, Console())
     assert not (task.parent / "runs").exists()
     # A run that is done needs no more of it.

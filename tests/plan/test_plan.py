@@ -99,7 +99,7 @@ def test_months_of_work_are_refused_where_there_are_no_gpus() -> None:
     # 1.049e9 tokens of 49.93 GFLOP at 1 TFLOP/s.
     assert refused.value.problem.startswith("5.2e+19 FLOP are 606 days on CPUs")
     assert refused.value.problem.endswith("there are no GPUs")
-    assert refused.value.next_step.endswith('SET="steps=24"')
+    assert refused.value.next_step.startswith("SITE=... (recipes/sites) for a cluster's GPUs")
     _, short = read_recipe(path, None, ["steps=24", "schedule.decay_steps=5"])
     refuse_processors(replace(big, recipe=short))
     with pytest.raises(RequestError, match="are 61 days on CPUs"):

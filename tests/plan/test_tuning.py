@@ -13,6 +13,7 @@ from rich.console import Console
 from tanren.config.errors import RequestError
 from tanren.config.load import read_model, read_recipe
 from tanren.config.training import Sft
+from tanren.launch.preview import Preview
 from tanren.plan.bench import Bench
 from tanren.plan.cost import Gpu
 from tanren.plan.make import make_plan
@@ -228,7 +229,7 @@ def test_memory_counts_the_rows_of_a_pair() -> None:
 def test_a_person_reads_the_plan() -> None:
     text = io.StringIO()
     plan = planned("dpo", "lora={rank: 8, targets: [attention]}", "steps=null", "epochs=1.5")
-    print_plan(plan, "new", None, [], [], Console(file=text, soft_wrap=True))
+    print_plan(Preview(plan), Console(file=text, soft_wrap=True))
     for line in (
         "steps          known once the data is read (1.5 epochs)",
         "batch          32 pairs, packed into rows of 256 tokens",

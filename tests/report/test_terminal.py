@@ -12,6 +12,7 @@ from rich.console import Console
 from tanren import runs
 from tanren.data.fetch import Progress
 from tanren.launch.clusters import Row
+from tanren.launch.preview import Preview
 from tanren.plan.make import make_plan
 from tanren.plan.paths import RunFolder
 from tanren.report import terminal
@@ -141,7 +142,7 @@ def rows(stage: str, *sets: str) -> list[str]:
     """The lines of a plan, with one space between name and value."""
     text = io.StringIO()
     plan = make_plan(request(stage, *sets))
-    print_plan(plan, "new", None, [], [], Console(file=text, soft_wrap=True))
+    print_plan(Preview(plan), Console(file=text, soft_wrap=True))
     return [" ".join(line.split()) for line in text.getvalue().splitlines()]
 
 

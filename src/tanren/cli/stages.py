@@ -104,61 +104,16 @@ def bench(
 def plan(
     recipe: RecipeFile, variant: Variant = None, name: Name = None, set_: Sets = None,
     runtime: Runtime = None, bind: Binds = None, site: SiteName = None, nodes: Nodes = None,
-    hours: Hours = None, type_: Type = None, reservation: Reservation = None, parts: Parts = None,
+    hours: Hours = None, type_: Type = None, reservation: Reservation = None, chain: Chain = 1,
+    parts: Parts = None,
 ) -> None:  # fmt: skip
     """Print what a stage would do, and change nothing."""
-    from tanren.config.errors import RequestError
-    from tanren.launch import clusters, fetching, local, queue, reading, submit
-    from tanren.launch import parts as parts_of
-    from tanren.plan.make import make_plan
+    from tanren.launch.preview import preview
     from tanren.report import terminal
     from tanren.report.plan import print_plan
 
-    order = order_of(recipe, variant, name, set_, runtime, bind, site, nodes, hours, type_,
-                   reservation, parts=parts)  # fmt: skip
-    place = clusters.place_for(order)
-    request = reading.read_request(order, queue.machine_of(place) if place else None)
-    planned = make_plan(request)
-    refusal = None
-    try:
-        start = submit.look(planned)
-        state = (
-            "done"
-            if start.done
-            else f"goes on from iteration {start.iteration}"
-            if start.iteration
-            else "new"
-        )
-    except RequestError as error:
-        refusal, state = error, "would be refused, see below"
-    now, jobs = clusters.state_of(planned.folder)
-    if now in clusters.GOING:
-        state += f"; {now} now{', job ' + ', '.join(jobs) if jobs else ''}"
-    waiting = reading.missing_runs(order, request)
-    if waiting:
-        state += f"; {', '.join(waiting)} must be made first (make does it, or --needs)"
-    inside = submit.container_for(order, request, place.type.gpus if place else None)
-    meeting = local.Meeting("THE_FIRST_HOST", queue.FIRST_PORT)
-    script = local.script(
-        planned.folder, planned.launch, 1, request.machine.cores, inside, meeting,
-        place.site.environment if place else {},
-    )  # fmt: skip
-    scripts = [("on each node" if place else "job script", script)]
-    if place:
-        text = queue.script(planned.folder, place, request.task)
-        scripts.insert(0, (f"job script for {place.site.scheduler}", text))
-    if place and parts:
-        cut = parts_of.cut(request, parts)
-        done = sum(submit.look(part).done for _, part in cut)
-        state += f"; {done} of {parts} parts are done" if done else ""
-        text = queue.script(cut[0][1].folder, place, request.task)
-        scripts.insert(0, (f"job script for {place.site.scheduler}, part 1 of {parts}", text))
-    notes = [*fetching.notes(request.recipe, request.task), *submit.idle_binds(order, inside)]
-    if place:
-        try:
-            clusters.refuse_without_image(order, planned, place, inside)
-        except RequestError as error:
-            notes.append(f"{error.place} {error.problem}: {error.next_step}")
-    print_plan(planned, state, place, notes, scripts, terminal.console(), parts or 0)
-    if refusal is not None:
-        raise refusal
+    found = preview(order_of(recipe, variant, name, set_, runtime, bind, site, nodes, hours, type_,
+                             reservation, chain=chain, parts=parts))  # fmt: skip
+    print_plan(found, terminal.console())
+    if found.other is not None:
+        raise found.other

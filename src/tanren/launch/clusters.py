@@ -63,7 +63,7 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
         provenance.refuse_dirty(
             repository(), order.allow_dirty or bool(os.environ.get("ALLOW_DIRTY"))
         )
-        _refuse_unfetched(order, request, needs)
+        refuse_unfetched(order, request, needs)
     soups.check_jobs(request)
     waits, made_first = list(order.after), []
     for wanted in references(request.recipe):
@@ -118,11 +118,11 @@ def refuse_without_image(order: Order, plan: Plan, place: Place, inside: Contain
         )  # fmt: skip
 
 
-def _refuse_unfetched(order: Order, request: Request, needs: bool) -> None:
+def refuse_unfetched(order: Order, request: Request, needs: bool) -> None:
     """Before anything is submitted: what any of its stages takes from the hub must be here."""
     fetching.refuse_missing(request.recipe, request.task)
     for needed in reading.missing(order, request) if needs else ():
-        _refuse_unfetched(needed, reading.read_request(needed, request.machine), needs)
+        refuse_unfetched(needed, reading.read_request(needed, request.machine), needs)
 
 
 def _needed(

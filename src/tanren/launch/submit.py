@@ -120,10 +120,14 @@ def check_disk(plan: Plan) -> None:
     fewer = f"--set checkpoints.keep_last={fits}, " if 0 < fits < newest else ""
     raise RequestError(
         place,
-        f"has {free:,.1f} GiB free, and the checkpoints of this run need {needed:,.1f} "
-        f"({keep} kept and one being written, {plan.checkpoint_gib:,.1f} each)",
+        f"has {_room(free)} free, and the checkpoints of this run need {_room(needed)} "
+        f"({keep} kept and one being written, {_room(plan.checkpoint_gib)} each)",
         f"{fewer}free some space, or RUNS= on a larger disk",
     )
+
+
+def _room(gib: float) -> str:
+    return f"{gib:,.1f} GiB" if gib >= 1 else f"{gib * 1024:,.0f} MiB"
 
 
 def container_for(

@@ -178,8 +178,8 @@ def refuse_processors(request: Request) -> None:
         f"a node, and {has}",
         "make build-image brings it in an image"
         if machine.idle_gpus
-        else "SITE=... (recipes/sites) for a cluster's GPUs, its TYPE= with GPUs; or "
-        f'SET="steps={max(int(steps * MOST_CPU_DAYS / days), 1)}"',
+        else "SITE=... (recipes/sites) for a cluster's GPUs, with a TYPE= that has some; on CPUs a "
+        "small model (TASK=tiny)",
     )
 
 

@@ -10,6 +10,7 @@ from tanren import runs
 from tanren.config.data import Collection, Preprocess
 from tanren.config.training import Checkpointing, Dpo, Sft, Training
 from tanren.launch.orders import shown
+from tanren.launch.preview import Preview
 from tanren.plan.cost import explained
 from tanren.plan.plan import (
     ConvertPlan,
@@ -27,19 +28,13 @@ from tanren.plan.site import Place
 from tanren.report.mix import print_mix
 
 
-def print_plan(
-    plan: Plan, state: str, place: Place | None, notes: list[str],
-    scripts: list[tuple[str, str]], screen: Console, parts: int = 0,
-) -> None:  # fmt: skip
-    """The plan as a person reads it, and the scripts that would run.
-
-    Args:
-        parts: jobs that make its parts, besides the one that joins them.
-    """
+def print_plan(found: Preview, screen: Console) -> None:
+    """The plan as a person reads it, and the scripts that would run."""
+    plan, place = found.plan, found.place
     variant = f" variant {plan.variant}" if plan.variant else ""
     rows = [
         ("run folder", shown(plan.run)),
-        ("state", state),
+        ("state", found.state),
         ("recipe", shown(plan.recipe_file) + variant),
     ]
     if isinstance(plan, TrainingPlan):
@@ -48,7 +43,7 @@ def print_plan(
         rows.append(("base", plan.recipe.source))
         rows.append(("parameters", f"{plan.model.parameters:,}"))
     elif isinstance(plan, ExportPlan):
-        rows.append(("checkpoint", f"{shown(plan.source)}, iteration {plan.iteration}"))
+        rows.append(("checkpoint", _checkpoint(plan)))
     elif isinstance(plan, MergePlan):
         rows.append(("method", plan.recipe.merge_method))
         rows += [(f"model {model}", shown(folder) if folder else "not exported yet")
@@ -63,21 +58,17 @@ def print_plan(
     if place is None:
         rows.append(("processes", f"{launch.processes} on this machine ({launch.device})"))
     else:
-        rows += _place_rows(place, launch, parts)
-        hours = plan.hours[0] if isinstance(plan, TrainingPlan) and plan.hours else 0.0
-        trains = place.hours - place.save_seconds / 3600
-        if hours > trains:
-            longer = ", or more HOURS=" if place.hours < place.type.walltime_hours else ""
-            rows.append(("too short", f"the run takes about {hours:.1f} hours: "
-                         f"CHAIN={-(-hours // trains):.0f}{longer}"))  # fmt: skip
-    rows += [("note", note) for note in notes]
+        rows += _place_rows(found, place, launch)
+        rows += _time_rows(plan, place, found.jobs)
+    rows += [("note", note) for note in found.notes]
+    rows += [("refused now", text) for text in found.refused]
     width = max(len(name) for name, _ in rows) + 2
     for name, value in rows:
         # Whole lines: a path that is cut cannot be copied.
         screen.print(f"{name:<{width}}{value}", markup=False)
     if isinstance(plan, MidtrainPlan) and plan.mix is not None:
         print_mix(plan.mix, plan.recipe, screen, by_glob=True)
-    for title, script in scripts:
+    for title, script in found.scripts:
         screen.print(title, style="bold")
         screen.print(script.rstrip(), markup=False, style="dim")
 
@@ -110,30 +101,56 @@ def _origin(source: Collection) -> str:
     return source.path or f"Python's {source.python_documentation}"
 
 
-def _place_rows(place: Place, launch: Launch, parts: int) -> list[tuple[str, str]]:
-    hours = _number(place.hours, "hour")
-    jobs = parts + 1
-    points = (
-        f"; {_number(jobs * place.points, 'point')} for the whole time "
-        f"({place.type.points_per_hour:g} a node and hour, the site's file)"
-        if place.points is not None
-        else ""
+def _checkpoint(plan: ExportPlan) -> str:
+    return f"{shown(plan.source)}, " + (
+        "not trained yet" if plan.iteration is None else f"iteration {plan.iteration}"
     )
+
+
+def _place_rows(found: Preview, place: Place, launch: Launch) -> list[tuple[str, str]]:
     group = f", group {place.group}" if place.group else ""
-    row = (
-        "job",
-        f"{place.nodes} x {place.type_name} on {place.title} for at most {hours}{group}",
-    )
-    if parts:
+    jobs, each = found.jobs, f"{place.nodes} x {place.type_name} on {place.title} for at most "
+    each += f"{_number(place.hours, 'hour')}{group}"
+    row = ("job", each)
+    if isinstance(found.plan, PreprocessPlan) and jobs > 1:
         row = (
             "jobs",
-            f"{parts} + 1, each {row[1]}: {parts} make their parts of the shards, one joins them",
+            f"{jobs - 1} + 1, each {each}: {jobs - 1} make their parts of the shards, one joins "
+            "them",
         )
-    return [
-        row,
-        ("cost", f"{jobs * place.nodes * place.hours:,.1f} node-hours{points}"),
-        ("processes", f"{launch.processes} on {_number(launch.nodes, 'node')} ({launch.device})"),
-    ]
+    elif jobs > 1:
+        row = ("jobs", f"{jobs}, one after the other, each {each}")
+    rate = place.type.points_per_hour
+    why = (
+        f" for the whole time ({rate:g} a node and hour, the site's file)"
+        if rate is not None
+        else "; the site's file knows no points"
+    )
+    rows = [row, ("cost", _cost([place] * jobs) + why)]
+    before = [other for _, other in found.first if other is not None]
+    if before:
+        names = ", ".join(name for name, _ in found.first)
+        rows.append(("before it", f"{names}: at most {_cost(before)} more"))
+    processes = f"{launch.processes} on {_number(launch.nodes, 'node')} ({launch.device})"
+    return [*rows, ("processes", processes)]
+
+
+def _cost(places: list[Place]) -> str:
+    """`9.0 node-hours; 120 points` of jobs that take all the time that is asked for."""
+    hours = sum(place.nodes * place.hours for place in places)
+    points = [place.points for place in places if place.points is not None]
+    return f"{hours:,.1f} node-hours" + (f"; {_number(sum(points), 'point')}" if points else "")
+
+
+def _time_rows(plan: Plan, place: Place, jobs: int) -> list[tuple[str, str]]:
+    """Whether the run's estimated time is more than its jobs have."""
+    hours = plan.hours[0] if isinstance(plan, TrainingPlan) and plan.hours else 0.0
+    trains = place.hours - place.save_seconds / 3600
+    if hours <= jobs * trains:
+        return []
+    longer = ", or more HOURS=" if place.hours < place.type.walltime_hours else ""
+    text = f"the run takes about {hours:.1f} hours: CHAIN={-(-hours // trains):.0f}{longer}"
+    return [("too short", text)]
 
 
 def _number(count: float, thing: str) -> str:

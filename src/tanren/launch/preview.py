@@ -1,0 +1,149 @@
+"""What a stage would do, found out without changing anything: for `make plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tanren.config.errors import RequestError
+from tanren.launch import (
+    changes,
+    clusters,
+    fetching,
+    local,
+    orders,
+    parts,
+    queue,
+    reading,
+    submit,
+)  # fmt: skip
+from tanren.launch.container import Container
+from tanren.launch.orders import Order
+from tanren.plan.make import make_plan
+from tanren.plan.plan import Plan, Request
+from tanren.plan.site import Place
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A stage's plan, its place on a cluster, and what starting it now would mean.
+
+    `jobs` are those of its chain or its parts, with the one that joins them; `first` the stages
+    that must be made before it and their places. `refused` are what a start would end with;
+    `other` is such a refusal by the run's own folder, which is the plan's own error as well.
+    """
+
+    plan: Plan
+    state: str = "new"
+    place: Place | None = None
+    jobs: int = 1
+    first: tuple[tuple[str, Place | None], ...] = ()
+    notes: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    scripts: list[tuple[str, str]] = field(default_factory=list)
+    other: RequestError | None = None
+
+
+def preview(order: Order) -> Preview:
+    """Look at what an order would do.
+
+    Raises:
+        RequestError: there can be no plan of it.
+    """
+    place = clusters.place_for(order)
+    request = reading.read_request(order, queue.machine_of(place) if place else None)
+    planned = make_plan(request)
+    state, new, other = _state(planned)
+    first = _first(order, request)
+    if first:
+        names = ", ".join(name for name, _ in first)
+        state += f"; {names} must be made first (make does it, or --needs)"
+    inside = submit.container_for(order, request, place.type.gpus if place else None)
+    scripts = _scripts(request, planned, place, inside)
+    if place and order.parts:
+        cut = parts.cut(request, order.parts)
+        done = sum(submit.look(part).done for _, part in cut)
+        state += f"; {done} of {order.parts} parts are done" if done else ""
+        text = queue.script(cut[0][1].folder, place, request.task)
+        title = f"job script for {place.site.scheduler}, part 1 of {order.parts}"
+        scripts.insert(0, (title, text))
+
+    def refuse_unfetched() -> None:
+        if place:
+            clusters.refuse_unfetched(order, request, needs=True)
+
+    def refuse_without_image() -> None:
+        if place:
+            clusters.refuse_without_image(order, planned, place, inside)
+
+    refused = [] if state.startswith("done") else _refused(
+        lambda: orders.refuse_start(order, request),
+        lambda: changes.refuse_below(order, request, new, lambda _: None),
+        lambda: submit.check_disk(planned),
+        refuse_unfetched,
+        refuse_without_image,
+    )  # fmt: skip
+    return Preview(
+        plan=planned,
+        place=place,
+        state=state,
+        jobs=order.parts + 1 if order.parts else order.chain,
+        first=first,
+        notes=[*fetching.notes(request.recipe, request.task), *submit.idle_binds(order, inside)],
+        refused=refused,
+        scripts=scripts,
+        other=other,
+    )
+
+
+def _state(planned: Plan) -> tuple[str, bool, RequestError | None]:
+    """In words; whether the run is new; why its folder refuses the plan."""
+    other, new = None, False
+    try:
+        start = submit.look(planned)
+        new = not (start.done or start.iteration)
+        going = f"goes on from iteration {start.iteration}" if start.iteration else "new"
+        state = "done" if start.done else going
+    except RequestError as error:
+        other, state = error, "would be refused, see below"
+    now, jobs = clusters.state_of(planned.folder)
+    if now in clusters.GOING:
+        state += f"; {now} now{', job ' + ', '.join(jobs) if jobs else ''}"
+    return state, new, other
+
+
+def _first(order: Order, request: Request) -> tuple[tuple[str, Place | None], ...]:
+    """What must be made first, each after what it stands on itself."""
+    found: dict[str, Place | None] = {}
+    names = reading.missing_runs(order, request)
+    for name, needed in zip(names, reading.missing(order, request), strict=True):
+        place = clusters.place_for(needed)
+        below = reading.read_request(needed, queue.machine_of(place) if place else None)
+        found |= dict(_first(needed, below))
+        found[name] = place
+    return tuple(found.items())
+
+
+def _refused(*checks: Callable[[], None]) -> list[str]:
+    found = []
+    for check in checks:
+        try:
+            check()
+        except RequestError as error:
+            found.append(f"{error.place}: {error.problem}; {error.next_step}")
+    return found
+
+
+def _scripts(
+    request: Request, planned: Plan, place: Place | None, inside: Container | None
+) -> list[tuple[str, str]]:
+    """The job's script for the scheduler, and the one that runs on each node."""
+    meeting = local.Meeting("THE_FIRST_HOST", queue.FIRST_PORT)
+    text = local.script(
+        planned.folder, planned.launch, 1, request.machine.cores, inside, meeting,
+        place.site.environment if place else {},
+    )  # fmt: skip
+    if place is None:
+        return [("job script", text)]
+    scheduled = queue.script(planned.folder, place, request.task)
+    return [(f"job script for {place.site.scheduler}", scheduled), ("on each node", text)]
