@@ -8,6 +8,10 @@ passed := CI DATA DEBIAN_MIRROR IMAGES PYTHON RUNS SHELL TMPDIR CUDA_% HF_% MAKE
 given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v)))
 strange := $(filter-out $(known) $(passed),$(given))
 $(if $(strip $(strange)),$(error there is no variable $(strip $(strange)); make help shows those that there are))
+# Nor has make midtrain a use for STEPS=10.
+own := $(filter $(known),$(given))
+idle := $(if $(own),$(shell bin/idle-variables '$(or $(MAKECMDGOALS),help)' '$(own)'))
+$(if $(strip $(idle)),$(error make $(or $(MAKECMDGOALS),help) has no use for $(strip $(idle)); fields of a recipe are SET="field=value"))
 
 TASK ?= tiny
 STAGE ?= midtrain

@@ -120,7 +120,24 @@ def test_make_knows_the_variables_that_it_reads_and_no_others() -> None:
     (line,) = (line for line in MAKEFILE.splitlines() if line.startswith("known := "))
     known = line.removeprefix("known := ").split()
     read = set(re.findall(r"\$[({]([A-Z][A-Z0-9_]*)[)},]", MAKEFILE)) | {"PROMPT", "QUESTION"}
-    assert known == sorted(read - {"MAKEFILE_LIST"})
+    assert known == sorted(read - {"MAKEFILE_LIST", "MAKECMDGOALS"})
+
+
+def test_a_variable_that_a_target_has_no_use_for_is_refused() -> None:
+    (line,) = (line for line in MAKEFILE.splitlines() if line.startswith("known := "))
+    known = line.removeprefix("known := ").split()
+    targets = MAKEFILE.split(".PHONY: ")[1].splitlines()[0].split()
+    assert len(targets) > 30
+    for target in targets:
+        asked = [str(REPOSITORY / "bin" / "idle-variables"), target, " ".join(known)]
+        idle = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+        assert set(idle) == set(known) - variables(target), target
+    asked = ["make", "-n", "midtrain", "NAME=x", "STEPS=10", "FP8=delayed"]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(asked, cwd=REPOSITORY, env=clean, capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert done.returncode == 2
+    assert "make midtrain has no use for STEPS FP8; fields of a recipe are SET=" in done.stderr
 
 
 @pytest.mark.parametrize("given", [["NODE=2"], ["NODES=2", "NAEM=x"]])
