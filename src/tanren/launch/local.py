@@ -23,7 +23,7 @@ from tanren.data import hub
 from tanren.environments import OWN
 from tanren.launch import container
 from tanren.launch.container import Container
-from tanren.plan.paths import RunFolder
+from tanren.plan.paths import TRAINING_STAGES, RunFolder
 from tanren.plan.plan import Launch
 
 POLL_SECONDS = 0.2
@@ -157,7 +157,8 @@ def run(
             pass_fds=(lock,),
             preexec_fn=_die_with_parent,  # noqa: PLW1509  (one system call, nothing that locks)
         )
-        with _signals_to(process, folder.stop if starter else None) as signals:
+        trains = folder.root.name.startswith(TRAINING_STAGES)
+        with _signals_to(process, folder.stop if starter else None, saves=trains) as signals:
             while process.poll() is None:
                 watch()
                 time.sleep(POLL_SECONDS)
@@ -208,9 +209,15 @@ def _stopped(folder: RunFolder, problem: str, next_step: str) -> TanrenError:
 class _signals_to:  # noqa: N801  (reads as a verb in a with statement)
     """Passes Ctrl-C and SIGTERM on to the workers; a second Ctrl-C ends them at once."""
 
-    def __init__(self, process: subprocess.Popen[bytes], stop: Path | None) -> None:
-        """Signals reach the workers of this node; those of other nodes read the file `stop`."""
-        self.process, self.stop, self.asked = process, stop, False
+    def __init__(
+        self, process: subprocess.Popen[bytes], stop: Path | None, *, saves: bool
+    ) -> None:  # fmt: skip
+        """Signals reach the workers of this node; those of other nodes read the file `stop`.
+
+        Args:
+            saves: what is asked to stop finishes its step and saves it.
+        """
+        self.process, self.stop, self.saves, self.asked = process, stop, saves, False
 
     def __enter__(self) -> _signals_to:
         self.before = {
@@ -231,8 +238,8 @@ class _signals_to:  # noqa: N801  (reads as a verb in a with statement)
                     member.kill()
             return
         if not self.asked:
-            print("\nstopping: the step is finished and saved (Ctrl-C again ends at once)",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            first = ": the step is finished and saved" if self.saves else ""
+            print(f"\nstopping{first} (Ctrl-C again ends at once)", file=sys.stderr, flush=True)
         self.asked = True
         if self.stop is not None:
             self.stop.touch()
