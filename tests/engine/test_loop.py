@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from tanren.config.errors import WorkError
 from tanren.engine import loop, step
-from tanren.engine.step import Budget, Objective
+from tanren.engine.step import Budget, Objective, Total
 from tanren.engine.stop import Rhythm, StopRequest
 from tanren.engine.timing import StepTimer
 
@@ -104,3 +105,37 @@ def test_a_checkpoint_is_due_by_steps_or_by_some_clock() -> None:
     assert Rhythm(3).due(4, True)
     assert Rhythm(None, minutes=1).due(4, True)
     assert not Rhythm(None, minutes=1).due(3, False)
+
+
+def test_what_a_training_found_is_not_collected_again(
+    alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A collection of all that torch and megatron-core import takes 0.3 s, every 50 steps."""
+    frozen: list[int] = []
+
+    def one_step(*_: object) -> tuple[dict[str, float], float, Total]:
+        frozen.append(gc.get_freeze_count())
+        assert not gc.isenabled()
+        return {"loss": 3.0}, 0.5, Total([6.0, 2.0], stop=False, late=False, forward=[0.0])
+
+    monkeypatch.setattr(loop, "_connect", lambda _: None)
+    monkeypatch.setattr(loop, "_step", one_step)
+    monkeypatch.setattr(loop, "record", lambda *_: None)
+    monkeypatch.setattr(loop.timing, "Ranks", lambda _: SimpleNamespace(look=lambda *_: {}))
+    nothing = SimpleNamespace(**dict.fromkeys(("poll", "save", "close", "abort"), lambda *_: None))
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}])
+    state: Any = SimpleNamespace(iteration=0, optimizer=optimizer,
+                                 model=SimpleNamespace(train=lambda: None))  # fmt: skip
+    feed: Any = SimpleNamespace(batches=lambda *_, workers: iter(()))
+    saver: Any = nothing
+    metrics: Any = None
+    objective: Any = None
+    outcome = loop.train(
+        state, objective, feed, None, Budget(2, 1), device=torch.device("cpu"), saver=saver,
+        rhythm=Rhythm(1), metrics=metrics, stop=StopRequest(),
+    )  # fmt: skip
+    assert outcome.iteration == 2
+    assert len(frozen) == 2
+    assert min(frozen) > 10_000
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0

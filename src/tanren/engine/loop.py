@@ -7,7 +7,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,22 @@ class Outcome:
     in_steps: float
 
 
+@contextmanager
+def _collecting_by_hand() -> Iterator[None]:
+    """Collections of garbage at random moments make ranks wait for one another: the loop asks for
+    them. None need go through what is there before, all that torch and megatron-core import.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+@_collecting_by_hand()
 def train(
     state: TrainingState,
     objective: Objective,
@@ -97,9 +113,6 @@ def train(
         measure(state, objective, held_out, device, metrics)
         timing.startup.reached("held-out")
     state.model.train()
-    # Collections at random moments make ranks wait for one another; a fixed rhythm does not.
-    gc.collect()
-    gc.disable()
     saved = state.iteration
     wall = timing.startup.end()
     try:
@@ -147,7 +160,6 @@ def train(
         raise
     finally:
         faulthandler.cancel_dump_traceback_later()
-        gc.enable()
     assert saved == state.iteration
     if state.iteration < budget.steps:
         return Outcome(state.iteration, stop.reason or "another rank", wall.share())
