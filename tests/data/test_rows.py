@@ -84,3 +84,11 @@ def test_a_step_of_pairs_holds_so_many_with_both_answers_in_one_row(a_step: int)
         assert len(both) == min(a_step, 50 - step * a_step)
         seen += (both[:, 0] // 2).tolist()
     assert sorted(seen) == list(range(50))
+
+
+def test_steps_are_so_many_epochs() -> None:
+    whole = conversations(epochs=1.0)
+    rows = whole.last
+    assert rows
+    assert conversations().epochs(rows) == pytest.approx(whole.a_step)
+    assert conversations(packing=False).epochs(3) == pytest.approx(3 * whole.a_step / LENGTHS.size)

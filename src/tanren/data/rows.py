@@ -46,6 +46,10 @@ class Conversations:
         assert self.last is not None
         return -(-self.last // self.a_step)
 
+    def epochs(self, steps: int) -> float:
+        """How often so many steps read the data, were each epoch as many rows as the first."""
+        return steps * self.a_step / len(self._epoch(0))
+
     def rows(self, step: int) -> list[Numbers]:
         """The examples of each row of a step, from 0."""
         first, last = step * self.a_step, (step + 1) * self.a_step
@@ -109,6 +113,10 @@ class Pairs:
     def steps(self) -> int:
         """Steps until the pairs end; the last one may have fewer."""
         return self._alone.steps
+
+    def epochs(self, steps: int) -> float:
+        """How often so many steps read the pairs."""
+        return self._alone.epochs(steps)
 
     def rows(self, step: int) -> list[Numbers]:
         """The examples of each row of a step, from 0."""

@@ -208,12 +208,13 @@ def _training_summary(plan: TrainingPlan, result: dict[str, Any], screen: Consol
     rates = runs.curve(plan.folder.metrics, "tokens_per_second")
     # Steady state: the first steps warm up.
     steady = sorted(rates[step] for step in list(rates)[min(5, len(rates) - 1) :])
+    laid_out = runs.read_json(plan.folder.examples) or {}
+    epochs = f", {laid_out['epochs']:,.3g} epochs" if "epochs" in laid_out else ""
     screen.print(f"  loss       {first:.3f} → [bold]{last:.3f}[/]   ({result['iteration']} steps, "
-                 f"{int(max(steps.values())):,} tokens)")  # fmt: skip
+                 f"{int(max(steps.values())):,} tokens{epochs})")  # fmt: skip
     for name, (before, after) in result["held_out"].items():
         if name in HELD_OUT:
             screen.print(f"  {HELD_OUT[name]:<10} {before:.3f} → [bold]{after:.3f}[/]")
-    laid_out = runs.read_json(plan.folder.examples)
     if laid_out:
         print_sets(laid_out["sets"], screen)
     if steady:

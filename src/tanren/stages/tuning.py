@@ -204,7 +204,9 @@ def lay_out(plan: TuningPlan, data: Data, rows: Conversations | Pairs, ranks: Ra
     """
     steps = plan.recipe.steps or rows.steps
     check_schedule(plan.recipe, steps, plan.recipe_file)
+    epochs = plan.recipe.epochs or rows.epochs(steps)
     if ranks.is_first:
+        logger.info("%d steps are %.3g epochs", steps, epochs)
         for row in data.table:
             logger.info(
                 "%s: %d read, %d too long, %d used, %d for dev",
@@ -217,6 +219,7 @@ def lay_out(plan: TuningPlan, data: Data, rows: Conversations | Pairs, ranks: Ra
             | {
                 "settings": digest(plan.settings),
                 "steps": steps,
+                "epochs": round(epochs, 3),
                 "end_ids": data.end_ids,
                 "sets": [asdict(row) for row in data.table],
             },
