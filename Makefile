@@ -90,7 +90,7 @@ bench: ## how fast STAGE is here, and where a step's time goes (STEPS=12, REAL=1
 	@bin/setup host && bin/tanren bench recipes/$(TASK)/$(STAGE).yaml $(if $(STEPS),--steps $(STEPS)) $(if $(REAL),--real) $(if $(SAVE),--save) $(options) $(dirty)
 
 plan: ## what STAGE of TASK would do; changes nothing
-	@bin/setup host && bin/tanren plan recipes/$(TASK)/$(STAGE).yaml $(options) $(parts) $(if $(CHAIN),--chain $(CHAIN)) $(iteration)
+	@bin/setup host && bin/tanren plan recipes/$(TASK)/$(STAGE).yaml $(options) $(waits) $(iteration)
 
 submission: ## a .sif that answers with the export of STAGE, offline (BASE=train|cpu MAX_TOKENS= TEMPERATURE= QUESTION=)
 	@bin/setup host && bin/tanren submission recipes/$(TASK)/$(STAGE).yaml $(if $(BASE),--base '$(BASE)') $(if $(MAX_TOKENS),--max-tokens $(MAX_TOKENS)) $(if $(TEMPERATURE),--temperature $(TEMPERATURE)) $(if $(QUESTION),--question "$$QUESTION") $(if $(VARIANT),--variant '$(VARIANT)') $(if $(NAME),--name '$(NAME)') $(if $(RUNTIME),--runtime '$(RUNTIME)')

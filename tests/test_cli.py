@@ -166,7 +166,13 @@ def test_make_passes_its_variables_on() -> None:
         (
             OSError(errno.ENOSPC, "No space left on device"),
             "tanren: the disk of the run: No space left on device.\n"
-            "  next: free some space, or RUNS= on a larger disk; the same command goes on\n",
+            "  next: free some space, or name a larger disk (RUNS=, DATA=, TMPDIR=); the same "
+            "command goes on\n",
+        ),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "/ours"),
+            "tanren: FileNotFoundError: [Errno 2] No such file or directory: '/ours'\n"
+            "  next: TANREN_DEBUG=1 shows where\n",
         ),
         (
             PermissionError(errno.EACCES, "Permission denied", "/runs/tiny"),

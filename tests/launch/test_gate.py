@@ -101,7 +101,7 @@ def test_a_finished_run_is_done_wherever_one_looks(task: Path) -> None:
     [
         ("dpo", {}, STEPS, "is a dpo recipe, and the gate compares losses"),
         ("convert", {}, STEPS, "is a convert recipe"),
-        ("sft", {}, STEPS, "init: stage:midtrain is the run of the same name"),
+        ("sft", {}, STEPS, "init: stage:midtrain is found by the run's name"),
         ("midtrain", {"assignments": ("init=given",)}, STEPS, "init: is `given`"),
         ("midtrain", {}, 69, "--steps 69: leaves no 50 steps for the end behind the first 20"),
     ],

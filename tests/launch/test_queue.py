@@ -407,6 +407,12 @@ def test_a_time_that_is_too_short_for_a_run_counts_all_jobs() -> None:
         return "too short" in text.getvalue()
 
     assert [too_short(jobs) for jobs in (1, 3, 4)] == [True, True, False]
+    made = make_plan(reading.read_request(orders.Order(RECIPES / "preprocess.yaml")))
+    for parts, said in ((0, "3, one after the other, each"), (2, "2 + 1, each")):
+        text = io.StringIO()
+        found = Preview(made, place=place, jobs=3, parts=parts)
+        print_plan(found, Console(file=text, soft_wrap=True))
+        assert re.search(rf"^jobs +{re.escape(said)} 1 x", text.getvalue(), re.MULTILINE)
 
 
 def test_the_limits_of_abci_name_what_fits() -> None:

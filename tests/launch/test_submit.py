@@ -17,6 +17,7 @@ from tanren.config.errors import RequestError
 from tanren.config.load import read_model
 from tanren.launch import changes, orders, origins, reading, submit
 from tanren.launch.orders import Order
+from tanren.launch.preview import preview
 from tanren.plan.make import make_plan
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import SftPlan, read_plan
@@ -137,7 +138,13 @@ def test_files_of_another_time_and_the_same_content_are_no_change(task: Path) ->
         look(task, "preprocess")
     (change,) = changes.below(order, reading.read_request(order))
     assert "was made from other files: web" in change.problem
-    # Without what a passport knows, time is all there is.
+    # Of a file that a passport has not read as a whole, and without one, time is all there is.
+    corpus.write_text('{"text": "a"}\n')
+    inputs = origins.inputs_of(plan)
+    inputs["data web"]["sampled"] = True
+    runs.write_json(folder.passport, {"attempts": [{"inputs": inputs}]})
+    with pytest.raises(RequestError, match=r"other settings: inputs\.web"):
+        look(task, "preprocess")
     corpus.write_text('{"text": "a"}\n')
     folder.passport.unlink()
     with pytest.raises(RequestError, match=r"other settings: inputs\.web"):
@@ -145,23 +152,50 @@ def test_files_of_another_time_and_the_same_content_are_no_change(task: Path) ->
 
 
 def test_an_edited_recipe_below_is_noticed(task: Path) -> None:
-    finish_preprocess(task)
-    order, recipe = Order(task / "convert.yaml"), task / "preprocess.yaml"
+    folder = finish_preprocess(task)
+    finish(task, "convert", {"iteration": 0, "hf": str(task), "model": SHAPE},
+           "checkpoints/iter_0000000")  # fmt: skip
+    order, recipe = Order(task / "midtrain.yaml"), task / "preprocess.yaml"
     plain = recipe.read_text()
     assert changes.below(order, reading.read_request(order)) == []
     recipe.write_text(plain + "append_eod: false\n")
     (change,) = changes.below(order, reading.read_request(order))
-    assert change.problem == ("was made with other settings: append_eod True there, False here")
+    assert change.problem == "was made with other settings: append_eod True there, False here"
     with pytest.raises(RequestError, match="append_eod True there"):
         run_stage(replace(order, runtime="native", site="local"), True, Console())
     said: list[str] = []
     changes.refuse_below(order, reading.read_request(order), False, said.append)
     assert said[0].endswith("False here; this run has what was there before")
-    # A recipe that cannot be read is not what convert needs.
+    # convert reads the tokenizer alone.
+    convert = Order(task / "convert.yaml")
+    assert changes.below(convert, reading.read_request(convert)) == []
+    recipe.write_text(plain.replace("vocabulary_size: 2048", "vocabulary_size: 1024"))
+    (change,) = changes.below(convert, reading.read_request(convert))
+    assert "tokenizer.train.vocabulary_size 2048 there, 1024 here" in change.problem
+    # A recipe that cannot be read is not what midtraining needs.
     recipe.write_text("sources: [")
     assert changes.below(order, reading.read_request(order)) == []
-    recipe.unlink()
+    recipe.write_text(plain)
+    # A field that this version has and that one had not is what it is by default.
+    made = runs.read_json(folder.plan)
+    del made["settings"]["append_eod"]
+    runs.write_json(folder.plan, made)
     assert changes.below(order, reading.read_request(order)) == []
+
+
+def test_the_same_recipe_of_another_checkout_is_no_change(
+    task: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for one in ("a", "b"):
+        shutil.copytree(task, tmp_path / one / "recipes" / "tiny")
+        add_web(tmp_path / one / "recipes" / "tiny")
+        os.utime(tmp_path / one / "recipes" / "tiny" / "web.jsonl", (1, 1))
+    finish_preprocess(tmp_path / "a" / "recipes" / "tiny")
+    order = Order(tmp_path / "b" / "recipes" / "tiny" / "midtrain.yaml")
+    assert changes.below(order, reading.read_request(order)) == []
+    with (order.recipe_file.with_name("preprocess.yaml")).open("a") as recipe:
+        recipe.write("prepend_bos: true\n")
+    assert len(changes.below(order, reading.read_request(order))) == 1
 
 
 def test_what_set_made_of_a_recipe_below_is_no_change(task: Path) -> None:
@@ -202,6 +236,45 @@ def test_trials_share_a_base_that_has_no_run_of_their_name(task: Path) -> None:
     own.root.mkdir()
     shutil.copy(task.parent / "runs" / "tiny" / "midtrain" / "plan.json", own.plan)
     assert base() == "midtrain-a", "as soon as it has begun"
+    # A run keeps to the base that it was given.
+    begun = RunFolder(task.parent / "runs" / "tiny" / "sft-a")
+    begun.root.mkdir()
+    assert plan.base == "midtrain"
+    runs.write_json(begun.plan, json.loads(plan.model_dump_json()))
+    assert base() == "midtrain"
+    assert submit.look(make_plan(reading.read_request(order))).iteration is None
+
+
+def test_a_plan_needs_no_text_of_the_stage_below(task: Path) -> None:
+    """Where what is below cannot be planned yet, its name is said all the same."""
+    with (task / "preprocess.yaml").open("a") as recipe:
+        recipe.write("  - name: web\n    path: not-here.jsonl\n")
+    found = preview(Order(task / "midtrain.yaml", runtime="native", site="local"))
+    assert found.first == (("preprocess", None), ("convert", None))
+    assert found.state.startswith("new; preprocess, convert must be made first")
+    assert found.refused == []
+
+
+def test_a_variant_with_a_recipe_of_its_own_takes_no_other_base(task: Path) -> None:
+    order = Order(task / "sft.yaml", variant="v2", name="a")
+    for name in ("midtrain", "sft"):
+        (task / f"{name}.v2.yaml").write_text(f"base: {name}.yaml\n")
+
+    def base() -> str:
+        (product,) = (p for p in reading.read_request(order).products.values()
+                      if p.stage == "midtrain")  # fmt: skip
+        return product.folder.root.name
+
+    result = {"iteration": 320, "hf": "/hf", "tokenizer": "/tokenizer", "model": SHAPE}
+    finish(task, "midtrain", result, "checkpoints/iter_0000320")
+    assert base() == "midtrain.v2-a"
+    own = RunFolder(task.parent / "runs" / "tiny" / "midtrain.v2")
+    own.root.mkdir()
+    shutil.copy(task.parent / "runs" / "tiny" / "midtrain" / "plan.json", own.plan)
+    assert base() == "midtrain.v2", "a trial of the variant shares its base"
+    shutil.rmtree(own.root)
+    (task / "midtrain.v2.yaml").unlink()
+    assert base() == "midtrain"
 
 
 def test_an_export_is_done_only_while_its_model_is_there(task: Path, tmp_path: Path) -> None:

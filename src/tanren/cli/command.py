@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from tanren.config.errors import EXIT_TERMINATED, TanrenError, is_full, of_system
+from tanren.config.errors import EXIT_TERMINATED, TanrenError, is_yours, of_system
 
 if TYPE_CHECKING:
     from tanren.launch.orders import Order
@@ -106,7 +106,7 @@ def main() -> None:
     except Exception as error:  # typer's usage errors have an exit code; anything else is our fault
         if os.environ.get("TANREN_DEBUG"):
             raise
-        if isinstance(error, OSError) and (error.filename or is_full(error)):
+        if isinstance(error, OSError) and is_yours(error):
             found = of_system(error, "the disk of the run")
             _say(found)
             sys.exit(found.exit_code)

@@ -47,7 +47,7 @@ def run_stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
     request = reading.read_request(order)
     orders.refuse_start(order, request)
     if needs:
-        _refuse_early(request)
+        _refuse_early(order, request)
         for needed in reading.missing(order, request):
             run_stage(needed, True, screen)
         request = reading.read_request(order)
@@ -95,9 +95,9 @@ def run_stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
     return ()
 
 
-def _refuse_early(request: Request) -> None:
-    """Refuse what does not fit its machine or its disk before hours of preparation."""
-    from tanren.launch import submit
+def _refuse_early(order: Order, request: Request) -> None:
+    """Refuse before hours of preparation what would be refused behind them."""
+    from tanren.launch import changes, submit
     from tanren.plan.make import make_plan
     from tanren.plan.midtrain import LengthUnknownError
 
@@ -105,5 +105,7 @@ def _refuse_early(request: Request) -> None:
         planned = make_plan(request)
     except LengthUnknownError:
         return
-    if not planned.folder.done.exists():
+    start = submit.look(planned)
+    if not start.done:
+        changes.refuse_below(order, request, not start.iteration, lambda _: None)
         submit.check_disk(planned)

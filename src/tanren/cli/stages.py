@@ -104,8 +104,8 @@ def bench(
 def plan(
     recipe: RecipeFile, variant: Variant = None, name: Name = None, set_: Sets = None,
     runtime: Runtime = None, bind: Binds = None, site: SiteName = None, nodes: Nodes = None,
-    hours: Hours = None, type_: Type = None, reservation: Reservation = None, chain: Chain = 1,
-    parts: Parts = None,
+    hours: Hours = None, type_: Type = None, reservation: Reservation = None,
+    after: AfterJobs = None, chain: Chain = 1, parts: Parts = None, allow_dirty: Dirty = False,
 ) -> None:  # fmt: skip
     """Print what a stage would do, and change nothing."""
     from tanren.launch.preview import preview
@@ -113,7 +113,7 @@ def plan(
     from tanren.report.plan import print_plan
 
     found = preview(order_of(recipe, variant, name, set_, runtime, bind, site, nodes, hours, type_,
-                             reservation, chain=chain, parts=parts))  # fmt: skip
+                             reservation, after, chain, parts, allow_dirty))  # fmt: skip
     print_plan(found, terminal.console())
     if found.other is not None:
         raise found.other

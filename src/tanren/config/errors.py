@@ -74,6 +74,15 @@ def error_from_dict(value: dict[str, object]) -> TanrenError:
     )
 
 
+# What is a person's to mend: rights, a disk that may not be written.
+_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def is_yours(error: OSError) -> bool:
+    """Whether the system refuses something that a person can mend, and no mistake of ours."""
+    return is_full(error) or (error.errno in _RIGHTS and error.filename is not None)
+
+
 def is_full(error: OSError) -> bool:
     """Whether a disk, or what one may have of it, is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -88,7 +97,7 @@ def of_system(error: OSError, place: object) -> WorkError:
     return WorkError(
         error.filename or place,
         error.strerror or str(error),
-        "free some space, or RUNS= on a larger disk; the same command goes on"
+        "free some space, or name a larger disk (RUNS=, DATA=, TMPDIR=); the same command goes on"
         if is_full(error)
         else "mend that and run the same command again",
     )

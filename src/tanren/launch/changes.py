@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import orjson
 
 from tanren import runs
+from tanren.config.data import Preprocess
 from tanren.config.errors import RequestError
+from tanren.config.merge import Merge
+from tanren.config.training import Midtrain
 from tanren.launch import inputs, origins, reading
 from tanren.launch.orders import Order, order_of
 from tanren.plan.make import make_plan
 from tanren.plan.paths import PREPARING_STAGES
-from tanren.plan.plan import Plan, Product, Request, comparable, differences, read_plan
+from tanren.plan.plan import Plan, Product, Request, comparable, differences, read_plan, settings_of
 
 
 def between(before: Plan, plan: Plan) -> list[str]:
     """Each setting in which a plan differs from that of the run that is there.
 
-    Files of another time but the same sizes are compared by their content, as the run's passport
-    has it: a copy or a fresh checkout is no change.
+    Files of another time but the same sizes are compared by their content, where the run's passport
+    has all of it (files of at most 16 MiB): a copy or a fresh checkout is no change.
     """
     now = comparable(before.settings, plan.settings)
     if "inputs" in now:
@@ -44,7 +48,9 @@ def _same_content(before: Plan, marks: Mapping[str, Any], plan: Plan) -> dict[st
         name = f"data {key}" if f"data {key}" in now else key
         old, new = then.get(name, {}), now.get(name, {})
         parts = ("files", "bytes", "sha256")
-        return "sha256" in new and all(old.get(part) == new.get(part) for part in parts)
+        if "sha256" not in new or old.get("sampled") or new.get("sampled"):
+            return False
+        return all(old.get(part) == new.get(part) for part in parts)
 
     return {key: was[key] if key in other and same(key) else mark for key, mark in marks.items()}
 
@@ -63,6 +69,8 @@ def below(order: Order, request: Request) -> list[RequestError]:
     changed since, and its run keeps what it was.
     """
     found = []
+    if isinstance(request.recipe, Merge):  # of models, whatever made them
+        return []
     for product in request.products.values():
         if product.result is None or not product.folder.plan.exists():
             continue
@@ -123,4 +131,22 @@ def _settings(order: Order, request: Request, product: Product, before: Plan) ->
         now = make_plan(reading.read_request(replace(again, assignments=sets), request.machine))
     except RequestError:  # its recipe is gone, or is being changed: nothing here needs it
         return []
-    return between(before, now)
+    # What this version of a recipe has more has its default then.
+    was = {**before.settings, **settings_of(before.recipe)}
+    wanted = comparable(was, now.settings)
+    wanted = {**wanted, "inputs": _same_content(before, wanted.get("inputs", {}), now)}
+    found = differences(_from_here(was, before), _from_here(wanted, now))
+    recipe = before.recipe
+    if isinstance(recipe, Preprocess) and not isinstance(request.recipe, Midtrain):
+        # The tokenizer alone is read, which was trained on the sources or was not.
+        parts = ("tokenizer", "inputs.tokenizer") + (
+            ("sources", "inputs") if recipe.tokenizer.train else ()
+        )
+        found = [one for one in found if one.startswith(parts)]
+    return found
+
+
+def _from_here(settings: dict[str, Any], plan: Plan) -> Any:
+    """Settings without the folder that a checkout lies in: another one has the same recipes."""
+    root = f"{Path(plan.recipe_file).parents[2]}/"
+    return orjson.loads(orjson.dumps(settings).replace(root.encode(), b""))

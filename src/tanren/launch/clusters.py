@@ -60,9 +60,7 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
     start = submit.look(plan)
     changes.refuse_below(order, request, not (start.done or start.iteration), say)
     if not start.done:
-        provenance.refuse_dirty(
-            repository(), order.allow_dirty or bool(os.environ.get("ALLOW_DIRTY"))
-        )
+        provenance.refuse_dirty(repository(), may_be_dirty(order))
         refuse_unfetched(order, request, needs)
     soups.check_jobs(request)
     waits, made_first = list(order.after), []
@@ -99,6 +97,11 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
     say(f"  log      {shown(plan.folder.root / 'log')}   (make status; make logs RUN="
         f"{request.task}/{plan.folder.root.name})")  # fmt: skip
     return sent.ids
+
+
+def may_be_dirty(order: Order) -> bool:
+    """Whether code that no commit holds may be submitted."""
+    return order.allow_dirty or bool(os.environ.get("ALLOW_DIRTY"))
 
 
 def refuse_without_image(order: Order, plan: Plan, place: Place, inside: Container | None) -> None:

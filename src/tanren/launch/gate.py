@@ -76,7 +76,7 @@ def trials(
     if stage_name(recipe.init) in TRAINING_STAGES:
         raise RequestError(
             f"{order.recipe_file}: init",
-            f"{recipe.init} is the run of the same name, and the gate's runs have their own",
+            f"{recipe.init} is found by the run's name, and the gate's runs have their own",
             "--set init=checkpoint:FOLDER/iter_0000500, for sft with --set tokenizer=FOLDER",
         )
     return [

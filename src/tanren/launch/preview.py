@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from tanren import provenance
 from tanren.config.errors import RequestError
+from tanren.config.load import repository
 from tanren.launch import (
     changes,
     clusters,
@@ -15,6 +17,7 @@ from tanren.launch import (
     parts,
     queue,
     reading,
+    soups,
     submit,
 )  # fmt: skip
 from tanren.launch.container import Container
@@ -28,7 +31,7 @@ from tanren.plan.site import Place
 class Preview:
     """A stage's plan, its place on a cluster, and what starting it now would mean.
 
-    `jobs` are those of its chain or its parts, with the one that joins them; `first` the stages
+    `jobs` are those of its chain or its `parts`, with the one that joins them; `first` the stages
     that must be made before it and their places. `refused` are what a start would end with;
     `other` is such a refusal by the run's own folder, which is the plan's own error as well.
     """
@@ -37,6 +40,7 @@ class Preview:
     state: str = "new"
     place: Place | None = None
     jobs: int = 1
+    parts: int = 0
     first: tuple[tuple[str, Place | None], ...] = ()
     notes: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -68,26 +72,27 @@ def preview(order: Order) -> Preview:
         title = f"job script for {place.site.scheduler}, part 1 of {order.parts}"
         scripts.insert(0, (title, text))
 
-    def refuse_unfetched() -> None:
-        if place:
-            clusters.refuse_unfetched(order, request, needs=True)
-
-    def refuse_without_image() -> None:
-        if place:
-            clusters.refuse_without_image(order, planned, place, inside)
-
-    refused = [] if state.startswith("done") else _refused(
+    checks: list[Callable[[], None]] = [
         lambda: orders.refuse_start(order, request),
         lambda: changes.refuse_below(order, request, new, lambda _: None),
         lambda: submit.check_disk(planned),
-        refuse_unfetched,
-        refuse_without_image,
-    )  # fmt: skip
+    ]
+    if not order.parts:
+        checks.append(lambda: parts.refuse_at_work(planned.folder))
+    if place:
+        checks += [
+            lambda: provenance.refuse_dirty(repository(), clusters.may_be_dirty(order)),
+            lambda: clusters.refuse_unfetched(order, request, needs=True),
+            lambda: soups.check_jobs(request),
+            lambda: clusters.refuse_without_image(order, planned, place, inside),
+        ]
+    refused = [] if state.startswith("done") else _refused(checks)
     return Preview(
         plan=planned,
         place=place,
         state=state,
         jobs=order.parts + 1 if order.parts else order.chain,
+        parts=order.parts or 0,
         first=first,
         notes=[*fetching.notes(request.recipe, request.task), *submit.idle_binds(order, inside)],
         refused=refused,
@@ -117,14 +122,18 @@ def _first(order: Order, request: Request) -> tuple[tuple[str, Place | None], ..
     found: dict[str, Place | None] = {}
     names = reading.missing_runs(order, request)
     for name, needed in zip(names, reading.missing(order, request), strict=True):
-        place = clusters.place_for(needed)
-        below = reading.read_request(needed, queue.machine_of(place) if place else None)
-        found |= dict(_first(needed, below))
-        found[name] = place
+        found[name] = None
+        try:
+            place = clusters.place_for(needed)
+            below = reading.read_request(needed, queue.machine_of(place) if place else None)
+        except RequestError:  # its text is not here: a plan of this stage can be made all the same
+            continue
+        del found[name]
+        found |= {**dict(_first(needed, below)), name: place}
     return tuple(found.items())
 
 
-def _refused(*checks: Callable[[], None]) -> list[str]:
+def _refused(checks: list[Callable[[], None]]) -> list[str]:
     found = []
     for check in checks:
         try:

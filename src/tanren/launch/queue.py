@@ -38,6 +38,7 @@ from tanren.plan.bench import Bench
 from tanren.plan.cost import Gpu
 from tanren.plan.paths import APART_STAGES, TRAINING_STAGES, Part, RunFolder
 from tanren.plan.plan import Machine, Plan, Request
+from tanren.plan.references import base_of
 from tanren.plan.site import Place, Wish, make_place
 
 # Where the processes of several nodes meet: one of PORTS from here on, by the job's id.
@@ -64,6 +65,8 @@ class Ordered(Strict):
     type: str
     nodes: int
     hours: float
+    # The run folder's name of the base.
+    base: str | None = None
     # Run folders that must be DONE when the job starts.
     needs: tuple[str, ...] = ()
     part: Part | None = None
@@ -268,6 +271,7 @@ def _write_order(
         runs=str(request.runs),
         recipe=orjson.loads(request.recipe.model_dump_json()),
         model=request.model,
+        base=base_of(request),
         runtime=order.runtime,
         binds=order.binds,
         site=place.site_name,
@@ -353,6 +357,7 @@ def read_order(folder: RunFolder) -> tuple[Ordered, Request]:
         model=order.model,
         part=order.part,
         bench=order.bench,
+        base=order.base,
         changed=order.changed,
     )
     return order, request

@@ -16,7 +16,7 @@ from tanren.launch import container, inputs, soups
 from tanren.launch.machine import this_machine, visible_gpus
 from tanren.launch.orders import Order, check_names, order_of, recipe_of, runs_root
 from tanren.plan.bench import made_up_data
-from tanren.plan.paths import APART_STAGES, RunFolder, stage_of
+from tanren.plan.paths import APART_STAGES, RunFolder, stage_name, stage_of
 from tanren.plan.plan import Begun, Machine, Product, Request, digest, own_image
 from tanren.plan.references import candidates, of_soup, product_behind, reference, references
 
@@ -50,7 +50,8 @@ def read_request(order: Order, machine: Machine | None = None) -> Request:
         bench=order.bench,
         changed=changed_fields(path, order.variant, list(order.assignments)),
     )
-    return with_products(request)
+    begun = None if order.bench else runs.read_json(request.folder.plan)
+    return with_products(replace(request, base=(begun or {}).get("base")))
 
 
 def with_products(request: Request) -> Request:
@@ -67,9 +68,7 @@ def with_products(request: Request) -> Request:
                 f"{wanted} is this run itself",
                 "name another run (stage:midtrain-NAME), or checkpoint:PATH",
             )
-        products[name] = read_product(
-            begun_of(request.recipe, wanted, request.variant, request.name, folder.root.parent)
-        )
+        products[name] = read_product(_behind(request, wanted, folder.root.parent))
     if request.bench and not request.bench.real and isinstance(request.recipe, Midtrain):
         made_up = Product("preprocess", request.folder.made_up, result=made_up_data(request.recipe))
         products = {reference(request.recipe.data, request.variant, request.name): made_up}
@@ -85,15 +84,23 @@ def with_products(request: Request) -> Request:
     )
 
 
-def begun_of(
-    recipe: Recipe, wanted: str, variant: str | None, name: str | None, task: Path
-) -> RunFolder:
+def _behind(request: Request, wanted: str, task: Path) -> RunFolder:
     """The folder behind a reference: of its candidates the first that has begun, else the first.
+
+    A run, and a job, keeps to the base that it was given. With a recipe of its own for a variant,
+    the base of another one is no candidate.
 
     Args:
         task: the task's folder of runs.
     """
-    folders = [RunFolder(task / one) for one in candidates(recipe, wanted, variant, name)]
+    names = candidates(request.recipe, wanted, request.variant, request.name)
+    if request.base in names:
+        return RunFolder(task / str(request.base))
+    if request.variant:
+        named = f"{stage_name(wanted)}.{request.variant}"
+        own = request.recipe_file.with_name(f"{named}.yaml").exists()
+        names = tuple(name for name in names if name.startswith(named) or not own)
+    folders = [RunFolder(task / name) for name in names]
     begun = (one for one in folders if one.plan.exists() or one.jobs.exists())
     return next(begun, folders[0])
 

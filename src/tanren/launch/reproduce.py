@@ -6,7 +6,7 @@
     RUNS/replays/.code/                the commits, each checked out beside this checkout
 
 A runs folder of its own, since names are part of what a recipe refers to: `stage:midtrain` of an
-sft called try2 is midtrain-try2.
+sft called try2 is midtrain-try2 where there is one.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ from tanren.images.lock import read_lock
 from tanren.launch import container, origins, queue
 from tanren.launch.machine import visible_gpus
 from tanren.launch.orders import runs_root, shown
-from tanren.launch.reading import begun_of
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import ExportPlan, MergePlan, Plan, differences, parse_plan
-from tanren.plan.references import references
+from tanren.plan.references import candidates, references
 
 # Of a run that another stands on, these stay its own.
 _OWN = (".lock", ".worker", ".submit", "STOP", "jobs.json", "order.json", "hosts", "log", "hf")
@@ -206,10 +205,19 @@ def _needed(plan: Plan, of: RunFolder, root: Path) -> list[tuple[Path, bool]]:
     found: list[tuple[Path, bool]] = []
     if isinstance(plan, MergePlan):  # its recipe will name the folders themselves
         return found
+    stood_on = {run.root.name for run in origins.stands_on(plan)}
     for wanted in references(plan.recipe):
-        old = begun_of(plan.recipe, wanted, plan.variant, plan.name, of.root.parent).root
-        passport = root / plan.task / old.name / "passport.json"
-        found.append((old, not passport.exists() or passport.is_symlink()))
+        names = candidates(plan.recipe, wanted, plan.variant, plan.name)
+        old = next((name for name in names if name in stood_on), names[0])
+        for other in names[: names.index(old)]:
+            if (root / plan.task / other).exists():
+                raise RequestError(
+                    root / plan.task / other,
+                    f"would be taken for the base, which was {old}",
+                    f"rm -r {root / plan.task / other}, or another NAME=",
+                )
+        passport = root / plan.task / old / "passport.json"
+        found.append((of.root.parent / old, not passport.exists() or passport.is_symlink()))
     return found
 
 

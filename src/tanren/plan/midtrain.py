@@ -14,7 +14,7 @@ from tanren.plan.cost import estimated_hours, fitted
 from tanren.plan.mix import Mixture, SourceCount, count_notes, make_mixture
 from tanren.plan.paths import TRAINING_STAGES, RunFolder
 from tanren.plan.plan import MidtrainPlan, Plan, Product, Request, common, comparable, settings_of
-from tanren.plan.references import product_of
+from tanren.plan.references import base_of, product_of
 from tanren.plan.training import (
     FREE,
     begin,
@@ -81,6 +81,7 @@ def midtrain_plan(request: Request, recipe: Midtrain) -> MidtrainPlan:
         notes=(*base.notes, *notes),
         data=str(data.folder.root),
         start=base.start,
+        base=base_of(request),
         adapters=base.adapters,
         hf_source=base.hf_source,
         hours=estimated_hours(model, recipe, batch.tokens, gpu, launch.processes) if gpu else None,

@@ -108,6 +108,8 @@ class Request:
     part: Part | None = None
     # The recipe is that of a bench of the stage, not the stage's own.
     bench: Bench | None = None
+    # The run folder's name of the base that the run, or its job, was given; None for a new run.
+    base: str | None = None
     # What the variant and --set made of the recipe's fields: before and after.
     changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
 
@@ -196,6 +198,8 @@ class TrainingPlan(PlanBase):
     batch: Cut
     # `scratch`, `hf:PATH` or `checkpoint:PATH`: a stage is already turned into its checkpoint.
     start: str
+    # The run folder's name of the stage behind it: the run keeps to it.
+    base: str | None = None
     # The adapters to fold into the weights of `start`, in this order: the base was trained by LoRA.
     adapters: tuple[str, ...] = ()
     # The Hugging Face folder that tokenizer and generation config are exported from.

@@ -60,6 +60,14 @@ def candidates(
     return tuple(dict.fromkeys([named, *(run_name(stage, *one) for one in fewer)]))
 
 
+def base_of(request: Request) -> str | None:
+    """The run folder's name of the base that a training begins from; None where it is no run."""
+    recipe = request.recipe
+    if not isinstance(recipe, Training) or recipe.init not in references(recipe):
+        return None
+    return product_behind(request, recipe.init).folder.root.name
+
+
 def product_behind(request: Request, stage_reference: str) -> Product:
     """The product of one of `references`. A soup names the export of a run by its whole name."""
     if isinstance(request.recipe, Merge):

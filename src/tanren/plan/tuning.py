@@ -13,7 +13,7 @@ from tanren.plan.cost import estimated_hours, fitted
 from tanren.plan.nemo import check_nemo
 from tanren.plan.paths import TRAINING_STAGES, examples_cache
 from tanren.plan.plan import DpoPlan, Request, SftPlan, by_nemo, common, digest, settings_of
-from tanren.plan.references import product_of
+from tanren.plan.references import base_of, product_of
 from tanren.plan.training import (
     FREE,
     Start,
@@ -101,6 +101,7 @@ def tuning_plan(request: Request, recipe: Tuning) -> SftPlan | DpoPlan:
         "batch": Cut(data_parallel=data_parallel, micro_batch=recipe.rows),
         "steps": steps,
         "start": base.start,
+        "base": base_of(request),
         "adapters": base.adapters,
         "hf_source": base.hf_source,
         "notes": base.notes,

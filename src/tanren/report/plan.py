@@ -112,11 +112,11 @@ def _place_rows(found: Preview, place: Place, launch: Launch) -> list[tuple[str,
     jobs, each = found.jobs, f"{place.nodes} x {place.type_name} on {place.title} for at most "
     each += f"{_number(place.hours, 'hour')}{group}"
     row = ("job", each)
-    if isinstance(found.plan, PreprocessPlan) and jobs > 1:
+    if found.parts:
         row = (
             "jobs",
-            f"{jobs - 1} + 1, each {each}: {jobs - 1} make their parts of the shards, one joins "
-            "them",
+            f"{found.parts} + 1, each {each}: {found.parts} make their parts of the shards, one "
+            "joins them",
         )
     elif jobs > 1:
         row = ("jobs", f"{jobs}, one after the other, each {each}")

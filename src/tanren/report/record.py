@@ -19,8 +19,6 @@ from tanren.plan.paths import RunFolder
 from tanren.plan.plan import Plan, TrainingPlan, read_plan
 from tanren.report.thin import Curve
 
-# States in which more is to come.
-
 
 @dataclass(frozen=True)
 class Attempt:
