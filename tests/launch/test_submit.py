@@ -198,6 +198,13 @@ def test_the_same_recipe_of_another_checkout_is_no_change(
     assert len(changes.below(order, reading.read_request(order))) == 1
 
 
+def test_a_task_may_lie_near_the_root() -> None:
+    plan = make_plan(reading.read_request(Order(RECIPES / "preprocess.yaml", site="local")))
+    near = plan.model_copy(update={"recipe_file": "/t/preprocess.yaml"})
+    assert changes._from_here({"path": "/t/a", "n": 1}, near) == {"path": "/t/a", "n": 1}
+    assert changes._from_here({"path": str(RECIPES / "a")}, plan) == {"path": "recipes/tiny/a"}
+
+
 def test_what_set_made_of_a_recipe_below_is_no_change(task: Path) -> None:
     finish_preprocess(task)
     sets = ("append_eod=false", "sources=[{name: reference, path: a.jsonl}]")

@@ -148,5 +148,7 @@ def _settings(order: Order, request: Request, product: Product, before: Plan) ->
 
 def _from_here(settings: dict[str, Any], plan: Plan) -> Any:
     """Settings without the folder that a checkout lies in: another one has the same recipes."""
-    root = f"{Path(plan.recipe_file).parents[2]}/"
+    # CHECKOUT/recipes/TASK/STAGE.yaml; a task may also lie anywhere else.
+    folders = Path(plan.recipe_file).parents
+    root = f"{folders[min(2, len(folders) - 1)]}/"
     return orjson.loads(orjson.dumps(settings).replace(root.encode(), b""))
