@@ -120,8 +120,7 @@ def _state(planned: Plan) -> tuple[str, bool, RequestError | None]:
 def _first(order: Order, request: Request) -> tuple[tuple[str, Place | None], ...]:
     """What must be made first, each after what it stands on itself."""
     found: dict[str, Place | None] = {}
-    names = reading.missing_runs(order, request)
-    for name, needed in zip(names, reading.missing(order, request), strict=True):
+    for name, needed in reading.missing_runs(order, request).items():
         found[name] = None
         try:
             place = clusters.place_for(needed)

@@ -166,8 +166,18 @@ def made(folder: RunFolder, stage: str) -> dict[str, Any] | None:
 
 def missing(order: Order, request: Request) -> list[Order]:
     """The orders of the stages that this one stands on and that are not there."""
-    found = (needed(order, request, wanted) for wanted in references(request.recipe))
-    return [one for one in found if one is not None]
+    return list(missing_runs(order, request).values())
+
+
+def missing_runs(order: Order, request: Request) -> dict[str, Order]:
+    """The same by their run folders' names, of another task (a soup's) with its name."""
+    found: dict[str, Order] = {}
+    for wanted in references(request.recipe):
+        one, root = needed(order, request, wanted), product_behind(request, wanted).folder.root
+        if one is not None:
+            other = root.parent.name != request.task
+            found[f"{root.parent.name}/{root.name}" if other else root.name] = one
+    return found
 
 
 def needed(order: Order, request: Request, wanted: str) -> Order | None:
@@ -192,18 +202,9 @@ def _export_for(order: Order, plain: Order, recipe: Recipe) -> Order:
                    plain_if_absent=True)  # fmt: skip
 
 
-def missing_runs(order: Order, request: Request) -> list[str]:
-    """The run folders' names of `missing`."""
-    return [
-        product_behind(request, wanted).folder.root.name
-        for wanted in references(request.recipe)
-        if needed(order, request, wanted) is not None
-    ]
-
-
 def refuse_missing(order: Order, request: Request) -> None:
     """Name the command that makes what is missing."""
-    for run, needed in zip(missing_runs(order, request), missing(order, request), strict=True):
+    for run, needed in missing_runs(order, request).items():
         raise RequestError(
             request.folder.root,
             f"stands on {run}, which has not been made",
