@@ -282,4 +282,4 @@ def test_training_goes_on_from_a_soup(poured: Tanren) -> None:
     merged = RunFolder(poured.folder("merge-b")).hf_merged
     assert (plan.start, plan.tokenizer) == (f"hf:{merged}", str(merged))
     done = poured.sft("--name", "c", sets=("init=stage:merge",))
-    refused(done, 2, "sft-c", "stands on merge, which has not been made")
+    refused(done, 2, "sft-c", "stands on merge-c, which has not been made")
