@@ -54,7 +54,7 @@ def run_stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
     planned = make_plan(request)
     start = submit.look(planned)
     changes.refuse_below(
-        order, request, not (start.done or start.iteration),
+        order, request, start.new,
         lambda text: screen.print(text, markup=False, highlight=False),
     )  # fmt: skip
     if start.done:
@@ -107,5 +107,5 @@ def _refuse_early(order: Order, request: Request) -> None:
         return
     start = submit.look(planned)
     if not start.done:
-        changes.refuse_below(order, request, not start.iteration, lambda _: None)
+        changes.refuse_below(order, request, start.new, lambda _: None)
         submit.check_disk(planned)

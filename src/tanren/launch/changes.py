@@ -27,10 +27,15 @@ def between(before: Plan, plan: Plan) -> list[str]:
     Files of another time but the same sizes are compared by their content, where the run's passport
     has all of it (files of at most 16 MiB): a copy or a fresh checkout is no change.
     """
-    now = comparable(before.settings, plan.settings)
+    return differences(before.settings, _now(before.settings, before, plan))
+
+
+def _now(was: Mapping[str, Any], before: Plan, plan: Plan) -> dict[str, Any]:
+    """A plan's settings as they compare with those of a run that is there."""
+    now = comparable(was, plan.settings)
     if "inputs" in now:
         now = {**now, "inputs": _same_content(before, now["inputs"], plan)}
-    return differences(before.settings, now)
+    return now
 
 
 def _same_content(before: Plan, marks: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
@@ -133,9 +138,7 @@ def _settings(order: Order, request: Request, product: Product, before: Plan) ->
         return []
     # What this version of a recipe has more has its default then.
     was = {**before.settings, **settings_of(before.recipe)}
-    wanted = comparable(was, now.settings)
-    wanted = {**wanted, "inputs": _same_content(before, wanted.get("inputs", {}), now)}
-    found = differences(_from_here(was, before), _from_here(wanted, now))
+    found = differences(_from_here(was, before), _from_here(_now(was, before, now), now))
     recipe = before.recipe
     if isinstance(recipe, Preprocess) and not isinstance(request.recipe, Midtrain):
         # The tokenizer alone is read, which was trained on the sources or was not.

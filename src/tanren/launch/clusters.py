@@ -58,7 +58,7 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
     # Before anything is submitted: what does not fit is refused here.
     plan = make_plan(request)
     start = submit.look(plan)
-    changes.refuse_below(order, request, not (start.done or start.iteration), say)
+    changes.refuse_below(order, request, start.new, say)
     if not start.done:
         provenance.refuse_dirty(repository(), may_be_dirty(order))
         refuse_unfetched(order, request, needs)

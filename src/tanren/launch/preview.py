@@ -106,7 +106,7 @@ def _state(planned: Plan) -> tuple[str, bool, RequestError | None]:
     other, new = None, False
     try:
         start = submit.look(planned)
-        new = not (start.done or start.iteration)
+        new = start.new
         going = f"goes on from iteration {start.iteration}" if start.iteration else "new"
         state = "done" if start.done else going
     except RequestError as error:

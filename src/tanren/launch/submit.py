@@ -41,6 +41,11 @@ class Start:
     done: bool
     iteration: int | None
 
+    @property
+    def new(self) -> bool:
+        """Whether nothing of the run is there that could be gone on from."""
+        return not (self.done or self.iteration)
+
 
 def look(plan: Plan) -> Start:
     """Compare a plan with its run folder: new, to go on, or done.
