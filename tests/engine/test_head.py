@@ -225,6 +225,16 @@ def test_triton_and_torch_make_the_same_passes() -> None:
 
 @pytest.mark.kernels
 @has_triton
+def test_a_kernel_is_compiled_once_for_any_number_of_tokens() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.variants_check"],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == "_gradient_kernel 1\n_softmax_kernel 1\n", done.stderr
+
+
+@pytest.mark.kernels
+@has_triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_triton_and_torch_make_the_same_passes_on_a_gpu() -> None:
     check_kernels("cuda")

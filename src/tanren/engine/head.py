@@ -31,8 +31,9 @@ from tanren.engine.main_grad import add_product, already_in_main_grad
 CHUNK = 4096
 # False keeps the logits of all tokens wherever gradients are wanted.
 GRADIENTS_BY_CHUNKS = True
-# Products of FP8 take tokens by multiples of this.
-FP8_TOKENS = 16
+# Products of FP8 take tokens by multiples of this; and Triton compiles a kernel anew where what it
+# is given does not begin at one.
+MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -234,10 +235,7 @@ class _LossesByChunks(torch.autograd.Function):
             from tanren.engine import head_fp8
 
             gradients = head_fp8.Gradients(loss_weights, d_hidden, d_weight, fp8)
-        found = _by_chunks(
-            hidden, weight, labels, mine, z_loss, chunk, gradients,
-            multiple=1 if fp8 is None else FP8_TOKENS,
-        )  # fmt: skip
+        found = _by_chunks(hidden, weight, labels, mine, z_loss, chunk, gradients)
         ctx.weight, ctx.d_hidden, ctx.d_weight = weight, d_hidden, d_weight
         ctx.save_for_backward(loss_weights)
         return found
@@ -292,15 +290,12 @@ def _by_chunks(
     z_loss: float,
     chunk: int,
     gradients: Gradients | None,
-    multiple: int = 1,
 ) -> torch.Tensor:
-    """Losses [kinds, tokens]; with `gradients` those of their weighted sum.
-
-    Tokens are taken by multiples of `multiple`.
-    """
+    """Losses [kinds, tokens]; with `gradients` those of their weighted sum."""
     tokens, found = hidden.size(0), []
     # Parts of one size: a small one at the end would read the weight, and its gradient, for little.
     size = -(-tokens // max(-(-tokens // chunk), 1))
+    multiple = min(MULTIPLE, chunk)
     size = -(-size // multiple) * multiple
     buffer = torch.empty(size, weight.size(0), dtype=hidden.dtype, device=hidden.device)
     for first in range(0, tokens, size):
@@ -348,7 +343,7 @@ def losses_by_chunks(
         return _by_chunks(hidden, weight, labels, mine, z_loss, chunk, None)
     assert loss_weights is not None and loss_weights.dtype == torch.float32
     tokens = hidden.size(0)
-    more = -tokens % FP8_TOKENS if fp8 is not None else 0
+    more = -tokens % MULTIPLE if fp8 is not None else 0
     if more:
         hidden = F.pad(hidden, (0, 0, 0, more))
         labels, loss_weights = F.pad(labels, (0, more)), F.pad(loss_weights, (0, more))

@@ -18,7 +18,8 @@ BLOCK, WARPS = 8192, 8
 TILE, TILE_WARPS = (128, 128), 4
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# SFT and DPO have another number of tokens in each micro batch.
+@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
 def _softmax_kernel(  # type: ignore[no-untyped-def]
     logits, stride, labels, first, parts, tokens,
     columns: tl.constexpr, width: tl.constexpr, block: tl.constexpr,
