@@ -13,7 +13,7 @@ from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.data import indexed
 from tanren.data import tokenizer as tokenizers
-from tanren.launch import inputs, orders, queue, reading, submit
+from tanren.launch import inputs, order_file, orders, reading, submit
 from tanren.plan.make import make_plan
 from tanren.plan.paths import Part, RunFolder
 from tanren.plan.plan import PreprocessPlan, read_plan
@@ -88,7 +88,7 @@ class Site(Cluster):
     def finish(self, number: int, of: int = 3) -> None:
         """Leave what a part's job leaves when it is done."""
         folder = self.part(number, of)
-        _, request = queue.read_order(folder)
+        _, request = order_file.read(folder)
         request = replace(request, inputs=inputs.marks(request.recipe))
         runs.write_json(folder.plan, orjson.loads(make_plan(request).model_dump_json()))
         folder.shards.mkdir(exist_ok=True)
@@ -132,10 +132,10 @@ def test_every_site_gets_a_job_a_part_and_one_that_waits_for_all(
     assert "3 parts; 3 submitted: job 100" in said
     assert f"preprocess submitted: job {site.jobs[3]['id']} on" in said
     # The joining job looks itself, too: Grid Engine starts it after any end of the parts.
-    order, whole = queue.read_order(site.whole)
+    order, whole = order_file.read(site.whole)
     assert order.needs == tuple(str(site.part(number).root) for number in (1, 2, 3))
     assert whole.part is None
-    _, part = queue.read_order(site.part(2))
+    _, part = order_file.read(site.part(2))
     assert (part.part, part.folder) == (Part(2, 3), site.part(2))
     script = site.part(2).job.read_text()
     assert f"export RUNS={site.runs}\n" in script

@@ -16,10 +16,10 @@ from pathlib import Path
 from tanren import provenance, runs
 from tanren.config.errors import RequestError, TanrenError, WorkError
 from tanren.config.load import read_site, repository
-from tanren.launch import container, inputs, local, queue, reading, scheduler, submit
+from tanren.launch import container, inputs, local, order_file, queue, reading, scheduler, submit
 from tanren.launch.container import Container
 from tanren.launch.machine import this_machine, visible_gpus
-from tanren.launch.queue import Ordered
+from tanren.launch.order_file import Ordered
 from tanren.launch.scheduler import Allocation
 from tanren.plan.make import make_plan
 from tanren.plan.paths import APART_STAGES, RunFolder
@@ -37,7 +37,7 @@ def run(
     Returns:
         None when the stage is done; else why not, with the contract's exit code.
     """
-    order, request = queue.read_order(folder)
+    order, request = order_file.read(folder)
     site = read_site(order.site)
     allocation = scheduler.adapter(site.scheduler).allocation(os.environ)
     say(f"job {allocation.job_id} on {', '.join(allocation.hosts)}")

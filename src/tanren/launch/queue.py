@@ -1,7 +1,6 @@
 """Submits stages to a cluster's scheduler, remembers their jobs, asks how they are, ends them.
 
-What was asked for is frozen in order.json when it is submitted: a recipe that is edited while its
-job waits does not change the job. jobs.json is written before the scheduler is asked, so that an
+jobs.json is written before the scheduler is asked, so that an
 answer that got lost is looked for by the job's name instead of submitting twice.
 """
 
@@ -17,63 +16,30 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import orjson
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
-from tanren import provenance, runs
+from tanren import runs
 from tanren.config.errors import RequestError, TanrenError, WorkError
 from tanren.config.fields import Strict
 from tanren.config.load import read_site, repository, sites
-from tanren.config.model import Model
-from tanren.config.schema import STAGES, Recipe
+from tanren.config.schema import Recipe
 from tanren.config.site import User
 from tanren.data import hub
 from tanren.environments import EVERY
-from tanren.launch import container, scheduler
+from tanren.launch import container, order_file, scheduler
 from tanren.launch.orders import Order, shown
 from tanren.launch.scheduler import After, JobRequest, State
-from tanren.plan.bench import Bench
 from tanren.plan.cost import Gpu
-from tanren.plan.paths import APART_STAGES, TRAINING_STAGES, Part, RunFolder
+from tanren.plan.paths import APART_STAGES, TRAINING_STAGES, RunFolder
 from tanren.plan.plan import Machine, Plan, Request
-from tanren.plan.references import base_of
 from tanren.plan.site import Place, Wish, make_place
 
 # Where the processes of several nodes meet: one of PORTS from here on, by the job's id.
 FIRST_PORT, PORTS = 20000, 20000
 # Name and state of each job of a site.
 States = Callable[[str], dict[str, tuple[str, State]]]
-
-
-class Ordered(Strict):
-    """order.json: a request without what only the job can know."""
-
-    format: int = 1
-    task: str
-    stage: str
-    variant: str | None
-    name: str | None
-    recipe_file: str
-    runs: str
-    recipe: dict[str, Any]
-    model: Model | None
-    runtime: str | None
-    binds: tuple[str, ...]
-    site: str
-    type: str
-    nodes: int
-    hours: float
-    # The run folder's name of the base.
-    base: str | None = None
-    # Run folders that must be DONE when the job starts.
-    needs: tuple[str, ...] = ()
-    part: Part | None = None
-    bench: Bench | None = None
-    changed: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
-    # The code when it was submitted; a job runs what the checkout is when it starts.
-    commit: dict[str, Any] | None = None
 
 
 class Submitted(Strict):
@@ -249,7 +215,7 @@ def submit(
         live = live_jobs(folder)
         if live:
             return Sent(tuple(live), new=False)
-        _write_order(order, request, place, folder, must_be_done)
+        order_file.write(order, request, place, folder, must_be_done)
         for mark in (folder.failed, folder.stopped, folder.stop):
             mark.unlink(missing_ok=True)
         ids: list[str] = []
@@ -257,34 +223,6 @@ def submit(
             waits = after if segment == 1 else After((ids[-1],), success=False)
             ids.append(_submit_one(folder, place, request.task, segment, waits))
     return Sent(tuple(ids), new=True)
-
-
-def _write_order(
-    order: Order, request: Request, place: Place, folder: RunFolder, must_be_done: tuple[Path, ...]
-) -> None:
-    frozen = Ordered(
-        task=request.task,
-        stage=request.stage,
-        variant=request.variant,
-        name=request.name,
-        recipe_file=str(request.recipe_file),
-        runs=str(request.runs),
-        recipe=orjson.loads(request.recipe.model_dump_json()),
-        model=request.model,
-        base=base_of(request),
-        runtime=order.runtime,
-        binds=order.binds,
-        site=place.site_name,
-        type=place.type_name,
-        nodes=place.nodes,
-        hours=place.hours,
-        needs=tuple(map(str, must_be_done)),
-        part=request.part,
-        bench=request.bench,
-        changed=dict(request.changed),
-        commit=provenance.git_commit(repository()),
-    )
-    runs.write_json(folder.order, orjson.loads(frozen.model_dump_json()))
 
 
 def _submit_one(folder: RunFolder, place: Place, task: str, segment: int, after: After) -> str:
@@ -327,40 +265,6 @@ def _find(place: Place, name: str, known: set[str | None]) -> str | None:
     return next(
         (key for key, (title, _) in there.items() if title == name and key not in known), None
     )
-
-
-def read_order(folder: RunFolder) -> tuple[Ordered, Request]:
-    """What was submitted, as a request that lacks the machine and the products alone."""
-    try:
-        order = Ordered.model_validate_json(folder.order.read_bytes())
-        recipe = STAGES[order.stage].model_validate_json(orjson.dumps(order.recipe))
-    except FileNotFoundError:
-        raise RequestError(
-            folder.order, "there is no such order", "submit the stage again"
-        ) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise RequestError(
-            folder.order, f"was written by another version of tanren ({field}: {first['msg']})",
-            "submit the stage again",
-        ) from None  # fmt: skip
-    request = Request(
-        task=order.task,
-        stage=order.stage,
-        recipe=recipe,  # type: ignore[arg-type]
-        recipe_file=Path(order.recipe_file),
-        runs=Path(order.runs),
-        machine=Machine(),
-        variant=order.variant,
-        name=order.name,
-        model=order.model,
-        part=order.part,
-        bench=order.bench,
-        base=order.base,
-        changed=order.changed,
-    )
-    return order, request
 
 
 def end(folder: RunFolder, job: str) -> None:
