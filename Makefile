@@ -135,13 +135,13 @@ test-long: ## more of the same, with longer trainings
 	@bin/setup dev && .venv/bin/python -m pytest -n auto --dist worksteal -m long --durations 5
 
 test-kernels: ## the GPU kernels in Triton's interpreter, on a CPU; installs Triton (190 MB)
-	@bin/setup kernels && .venv/bin/python -m pytest -n 2 -m kernels
+	@bin/setup kernels && .venv/bin/python -m pytest -n 2 -m kernels tests/engine
 
 test-images: ## builds cpu.sif twice and trains in it; needs Apptainer and a network
-	@bin/setup dev && .venv/bin/python -m pytest -n 2 -m images --durations 5
+	@bin/setup dev && .venv/bin/python -m pytest -n 2 -m images --durations 5 tests/images
 
 test-schedulers: ## jobs of the schedulers that run here: Slurm, Grid Engine, a PBS imitation
-	@bin/setup dev && .venv/bin/python -m pytest -n 3 -m schedulers --durations 5
+	@bin/setup dev && .venv/bin/python -m pytest -n 3 -m schedulers --durations 5 tests/launch
 
 test-harness: ## a tiny export scored by the real lm-evaluation-harness; installs it
 	@bin/setup dev && bin/setup eval && .venv/bin/python -m pytest -n 0 -m harness --durations 5

@@ -155,6 +155,41 @@ def test_a_build_that_is_killed_leaves_no_half_image(tmp_path: Path, number: int
     assert (images / "cpu.sif").exists()
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can mount")
+def test_what_a_killed_debootstrap_has_mounted_goes_too(builder: Builder, places: Places) -> None:
+    left = building.scratch_of(places.images / "cpu.sif", places) / "build temp" / "rootfs" / "proc"
+    left.mkdir(parents=True)
+    for source in ("one", "two"):
+        subprocess.run(["mount", "-t", "tmpfs", source, left], check=True)
+    (left / "held").mkdir()
+    with subprocess.Popen(["sleep", "60"], cwd=left / "held") as user:
+        with pytest.raises(RequestError, match=r"rootfs/proc: was mounted[^$]*umount --lazy '/"):
+            build(CPU, builder, places, quiet)
+        assert (left / "held").exists()
+        user.kill()
+    build(CPU, builder, places, quiet)
+    assert not list(places.scratch.iterdir())
+
+
+def test_what_cannot_be_removed_is_named(
+    builder: Builder, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = building.scratch_of(places.images / "cpu.sif", places)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path / "rootfs"))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(RequestError, match=rf"rootfs: is left [^$]*denied[^$]*rm -r {left}"):
+        build(CPU, builder, places, quiet)
+
+
+def test_the_same_image_of_two_checkouts_is_unpacked_apart(places: Places) -> None:
+    found = {building.scratch_of(Path(f"/{one}/images/cpu.sif"), places) for one in "ab"}
+    assert len(found) == 2
+    assert {one.parent for one in found} == {places.scratch}
+
+
 def test_too_little_room_is_said_before_the_build(
     builder: Builder, places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:

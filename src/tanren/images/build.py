@@ -6,7 +6,9 @@ Nothing gets an image's final name before its %test has passed and its lock is k
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -14,6 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tanren import runs
 from tanren.config.errors import RequestError, WorkError
@@ -66,7 +70,7 @@ def build(image: Image, builder: Builder, places: Places, report: Report) -> tup
     versions = read_versions(image)
     target = image_file(places.images, image)
     places.images.mkdir(parents=True, exist_ok=True)
-    scratch = places.scratch / f"tanren-build-{os.getuid()}-{image.name}"
+    scratch = scratch_of(target, places)
     with runs.locked(places.images / f".{image.name}.lock"):
         remove_left_overs(target, scratch)
         _check_machine(versions, places)
@@ -161,11 +165,47 @@ def info(sif_file: Path, builder: Builder, scratch: Path) -> tuple[Lock, dict[st
     return lock, labels
 
 
+def scratch_of(target: Path, places: Places) -> Path:
+    """Where an image is unpacked while it is built; its own, since others may be built meanwhile.
+
+    Of the same name as well, into another checkout's images.
+    """
+    own = hashlib.sha256(bytes(target.absolute())).hexdigest()[:12]
+    return places.scratch / f"tanren-build-{os.getuid()}-{target.stem}-{own}"
+
+
 def remove_left_overs(target: Path, scratch: Path) -> None:
-    """What a build that was killed left behind."""
+    """What a build that was killed left behind.
+
+    Raises:
+        RequestError: some of it cannot be removed.
+    """
     for partial in target.parent.glob(f".{target.name}.*.partial"):
         partial.unlink()
-    shutil.rmtree(scratch, ignore_errors=True)
+    # debootstrap mounts /proc in what it makes.
+    for point in _mounted_below(scratch):
+        subprocess.run(["umount", point], capture_output=True, check=False)
+    for point in _mounted_below(scratch):
+        raise RequestError(
+            point, "was mounted by a build that was killed, and cannot be unmounted",
+            f"as root: umount --lazy {shlex.quote(point)} && rm -r {shlex.quote(str(scratch))}",
+        )  # fmt: skip
+    try:
+        shutil.rmtree(scratch)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise RequestError(
+            error.filename, f"is left of a build that was killed: {error.strerror}",
+            f"rm -r {shlex.quote(str(scratch))}, as root where you may not",
+        ) from None  # fmt: skip
+
+
+def _mounted_below(folder: Path) -> list[str]:
+    """Mount points, those within others first."""
+    folder = folder.resolve()
+    points = (mount.mountpoint for mount in psutil.disk_partitions(all=True))
+    return sorted((one for one in points if folder in Path(one).parents), reverse=True)
 
 
 def _check_machine(versions: Versions, places: Places) -> None:

@@ -95,9 +95,7 @@ def build(
     """
     base_file, base_lock = base
     model, target = model.resolve(), target.absolute()
-    # Two runs may build at a time.
-    own_name = hashlib.sha256(bytes(target)).hexdigest()[:12]
-    scratch = places.scratch / f"tanren-build-{os.getuid()}-{IMAGE.name}-{own_name}"
+    scratch = building.scratch_of(target, places)
     places = replace(places, images=target.parent)
     target.parent.mkdir(parents=True, exist_ok=True)
     with runs.locked(target.parent / ".lock"):
