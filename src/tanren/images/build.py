@@ -185,12 +185,12 @@ def remove_left_overs(target: Path, scratch: Path) -> None:
     # debootstrap mounts /proc in what it makes.
     for point in _mounted_below(scratch):
         subprocess.run(["umount", point], capture_output=True, check=False)
+    remove = f"rm -r {shlex.quote(str(scratch))}"
     elsewhere = "or TMPDIR=/another/folder for this build"
     if still := _mounted_below(scratch):
         raise RequestError(
             still[0], "was mounted by a build that was killed, and cannot be unmounted",
-            f"as root: umount --lazy {shlex.quote(still[0])} && rm -r {shlex.quote(str(scratch))}; "
-            + elsewhere,
+            f"as root: umount --lazy {shlex.quote(still[0])} && {remove}; {elsewhere}",
         )  # fmt: skip
     try:
         shutil.rmtree(scratch)
@@ -199,7 +199,7 @@ def remove_left_overs(target: Path, scratch: Path) -> None:
     except OSError as error:
         raise RequestError(
             error.filename, f"is left of a build that was killed: {error.strerror}",
-            f"rm -r {shlex.quote(str(scratch))}, as root where you may not; {elsewhere}",
+            f"{remove}, as root where you may not; {elsewhere}",
         ) from None  # fmt: skip
 
 

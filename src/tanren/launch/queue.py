@@ -1,7 +1,7 @@
 """Submits stages to a cluster's scheduler, remembers their jobs, asks how they are, ends them.
 
-jobs.json is written before the scheduler is asked, so that an
-answer that got lost is looked for by the job's name instead of submitting twice.
+jobs.json is written before the scheduler is asked, so that an answer that got lost is looked for by
+the job's name instead of submitting twice.
 """
 
 from __future__ import annotations
