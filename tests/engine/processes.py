@@ -1,4 +1,4 @@
-"""Modules that run as several processes of a group, which engine/cpu.py changes torch in."""
+"""Modules of tests that run in processes of their own, one or several of a group."""
 
 from __future__ import annotations
 
@@ -10,8 +10,21 @@ from pathlib import Path
 from tests.conftest import REPOSITORY
 
 
+def check(name: str, *words: str, **environment: str) -> str:
+    """What `python -m tests.engine.NAME WORDS` prints: checks of kernels, by Triton or on a GPU."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.engine.{name}", *words],
+        cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def start(module: str, root: Path, ranks: int) -> None:
-    """Run `python -m module ROOT RANK RANKS` once a rank, and wait for all."""
+    """Run `python -m module ROOT RANK RANKS` once a rank, and wait for all.
+
+    In processes since engine/cpu.py changes torch.
+    """
     path = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY)])
     environment = os.environ | {
         "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",

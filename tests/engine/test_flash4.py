@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from importlib import metadata
 from typing import Any
 
@@ -18,6 +16,7 @@ from tanren.engine import flash4
 from tanren.engine.packed import sequence_params
 from tanren.images.definition import IMAGES, read_versions
 from tests.conftest import REPOSITORY
+from tests.engine.processes import check
 
 Patch = pytest.MonkeyPatch
 
@@ -113,12 +112,7 @@ def test_a_cpu_has_megatrons_own() -> None:
 def test_its_errors_are_transformer_engines_on_a_gpu() -> None:
     if not flash4.wanted("auto", "bf16", EIGHT, 1):
         pytest.skip("no flash-attn-4 for this GPU")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.flash4_check"],
-        cwd=REPOSITORY, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("checked 4\n")
+    assert check("flash4_check").endswith("checked 4\n")
 
 
 def test_the_image_has_the_version_that_was_tried() -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ from torch import multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tanren.engine import head
-from tests.conftest import REPOSITORY, Tanren, _made_once
+from tests.conftest import Tanren, _made_once
 from tests.engine.head_runs import (
     CHUNKS,
     COEFFICIENT,
@@ -29,6 +26,7 @@ from tests.engine.head_runs import (
     expected,
     run,
 )
+from tests.engine.processes import check
 
 
 @pytest.fixture(scope="module")
@@ -205,36 +203,23 @@ def test_a_tied_weights_hook_gets_noughts(whole: head.Vocabulary) -> None:
     assert torch.count_nonzero(weight.main_grad)
 
 
-def check_kernels(device: str, **environment: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.kernel_check", device],
-        cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "checked 5\n"
-
-
 has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
 
 
 @pytest.mark.kernels
 @has_triton
 def test_triton_and_torch_make_the_same_passes() -> None:
-    check_kernels("cpu", TRITON_INTERPRET="1")
+    assert check("kernel_check", "cpu", TRITON_INTERPRET="1") == "checked 5\n"
 
 
 @pytest.mark.kernels
 @has_triton
 def test_a_kernel_is_compiled_once_for_any_number_of_tokens() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.variants_check"],
-        cwd=REPOSITORY, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.stdout == "_gradient_kernel 1\n_softmax_kernel 1\n", done.stderr
+    assert check("variants_check") == "_gradient_kernel 1\n_softmax_kernel 1\n"
 
 
 @pytest.mark.kernels
 @has_triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_triton_and_torch_make_the_same_passes_on_a_gpu() -> None:
-    check_kernels("cuda")
+    assert check("kernel_check", "cuda") == "checked 5\n"

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from tests.conftest import REPOSITORY
+from tests.engine.processes import check
 
 has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
 
 
 has_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-
-
-def check(name: str, *device: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.engine.{name}", *device],
-        cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.kernels
