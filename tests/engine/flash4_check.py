@@ -14,8 +14,10 @@ from tanren.engine import flash4
 from tanren.engine.packed import sequence_params
 
 HEADS, GROUPS = 8, 2
-# Lengths of packed segments, some of them of a whole tile, a token, or nothing.
+# Lengths of packed segments, some of them of a whole tile, a token, or nothing; and none longer
+# than a tile.
 SEGMENTS = (700, 1, 37, 128, 129, 1000, 53, 0, 0)
+SHORT = (100, 1, 37, 128, 64, 53, 0, 0)
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -69,17 +71,18 @@ def in_fp64(heads: Heads, upstream: torch.Tensor, ends: list[int], rows: bool) -
     return result.detach(), *gradients
 
 
-def check(width: int, packed: bool) -> None:
-    """Rows of two samples, or packed segments."""
+def check(width: int, lengths: tuple[int, ...]) -> None:
+    """Packed segments of these lengths, or without any rows of two samples."""
+    packed = bool(lengths)
     if packed:
-        ends = torch.tensor(SEGMENTS).cumsum(0).tolist()
+        ends = torch.tensor(lengths).cumsum(0).tolist()
         heads, upstream = drawn(width, ends[-1])
         cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32, device="cuda")
-        segments = sequence_params(cu_seqlens, max(SEGMENTS))
+        segments = sequence_params(cu_seqlens, max(lengths))
         theirs = {
             "qkv_format": "thd", "attn_mask_type": "padding_causal",
             "cu_seqlens_q": cu_seqlens, "cu_seqlens_kv": cu_seqlens,
-            "max_seqlen_q": max(SEGMENTS), "max_seqlen_kv": max(SEGMENTS),
+            "max_seqlen_q": max(lengths), "max_seqlen_kv": max(lengths),
         }  # fmt: skip
     else:
         ends = [1024, 2048]
@@ -89,7 +92,7 @@ def check(width: int, packed: bool) -> None:
     te = DotProductAttention(HEADS, width, num_gqa_groups=GROUPS, attention_dropout=0.0)
     ours = errors(flash4.attend(*heads, segments), heads, upstream, true)
     by_te = errors(te(*heads, **theirs), heads, upstream, true)
-    kind = "packed" if packed else "rows"
+    kind = f"packed {max(lengths)}" if packed else "rows"
     print(
         kind, width, "flash4", [f"{one:.4f}" for one in ours], "te", [f"{one:.4f}" for one in by_te]
     )
@@ -98,6 +101,6 @@ def check(width: int, packed: bool) -> None:
 
 if __name__ == "__main__":
     for width in flash4.HEADS:
-        for packed in (False, True):
-            check(width, packed)
-    print("checked 4")
+        for lengths in ((), SEGMENTS, SHORT):
+            check(width, lengths)
+    print("checked 6")

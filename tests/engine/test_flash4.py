@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from importlib import metadata
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,7 +93,7 @@ def test_a_flash_attn_that_hides_it_is_named(monkeypatch: Patch, spec: Any) -> N
 
 @pytest.mark.parametrize(
     ("segments", "longest", "taken"),
-    [(256, 129, True), (257, 4096, False), (2, 128, False), (1, 4096, True)],
+    [(256, 129, True), (257, 4096, False), (2, 1, True), (1, 4096, True)],
 )
 def test_packed_micro_batches_of_other_kernels_are_left_to_transformer_engine(
     segments: int, longest: int, taken: bool
@@ -100,6 +101,23 @@ def test_packed_micro_batches_of_other_kernels_are_left_to_transformer_engine(
     borders = torch.zeros(segments + 1, dtype=torch.int32)
     assert flash4.takes(sequence_params(borders, longest)) == taken
     assert flash4.takes(None)
+
+
+@pytest.mark.parametrize(("longest", "told"), [(1, 129), (128, 129), (129, 129), (4096, 4096)])
+def test_short_segments_take_the_kernels_of_long_ones(
+    monkeypatch: Patch, longest: int, told: int
+) -> None:
+    """Other kernels would be compiled at the first micro batch without a long segment."""
+    seen = []
+
+    def forward(query: Any, *_: Any, **options: Any) -> Any:
+        seen.append((options["max_seqlen_q"], options["max_seqlen_k"]))
+        return query, None
+
+    monkeypatch.setattr(flash4, "_interface", lambda: SimpleNamespace(_flash_attn_fwd=forward))
+    heads = torch.zeros(3, 1, 8)
+    flash4.attend(heads, heads, heads, sequence_params(torch.tensor([0, 1, 3]), longest))
+    assert seen == [(told, told)]
 
 
 def test_a_cpu_has_megatrons_own() -> None:
@@ -112,7 +130,7 @@ def test_a_cpu_has_megatrons_own() -> None:
 def test_its_errors_are_transformer_engines_on_a_gpu() -> None:
     if not flash4.wanted("auto", "bf16", EIGHT, 1):
         pytest.skip("no flash-attn-4 for this GPU")
-    assert check("flash4_check").endswith("checked 4\n")
+    assert check("flash4_check").endswith("checked 6\n")
 
 
 def test_the_image_has_the_version_that_was_tried() -> None:

@@ -26,7 +26,8 @@ PACKAGE, VERSION = "flash-attn-4", "4.0.0b36"
 CAPABILITY = (9, 0)
 # Widths of a head that it was tried with.
 HEADS = (64, 128)
-# Packed micro batches of more segments, or with none longer than a tile, take other kernels.
+# Packed micro batches of more segments take other kernels. So do those that say that no segment is
+# longer than a tile, but what they say is a bound: it is kept above.
 MOST_SEGMENTS, TILE = 256, 128
 
 
@@ -84,7 +85,7 @@ def takes(packed: PackedSeqParams | None) -> bool:
     if packed is None:
         return True
     segments: int = packed.cu_seqlens_q.numel() - 1
-    return segments <= MOST_SEGMENTS and packed.max_seqlen_q > TILE
+    return segments <= MOST_SEGMENTS
 
 
 @cache
@@ -150,8 +151,8 @@ def attend(
         segments = {
             "cu_seqlens_q": packed.cu_seqlens_q,
             "cu_seqlens_k": packed.cu_seqlens_kv,
-            "max_seqlen_q": packed.max_seqlen_q,
-            "max_seqlen_k": packed.max_seqlen_kv,
+            "max_seqlen_q": max(packed.max_seqlen_q, TILE + 1),
+            "max_seqlen_k": max(packed.max_seqlen_kv, TILE + 1),
         }
     found: torch.Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
         query.contiguous(), key.contiguous(), value.contiguous(), segments
