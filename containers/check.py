@@ -32,8 +32,8 @@ def main() -> None:
     image, repository = sys.argv[1], Path(sys.argv[2])
     for name in IMPORTS[image]:
         importlib.import_module(name)
-    shown = ("torch", "transformer-engine", "megatron-core", "flash-attn-4", "transformers",
-             "nemo-toolkit", "mergekit", "numpy")  # fmt: skip
+    shown = ("torch", "transformer-engine", "megatron-core", "flash-attn-4", "quack-kernels",
+             "transformers", "nemo-toolkit", "mergekit", "numpy")  # fmt: skip
     there = {p.metadata["Name"].lower().replace("_", "-"): p.version
              for p in metadata.distributions()}  # fmt: skip
     print(f"check {image}: Python {sys.version.split()[0]}, "

@@ -32,8 +32,8 @@ DIFF_BYTES = 4 << 20
 # Where files that git does not know are part of what runs.
 CODE = ("src", "bin", "containers")
 _PACKAGES = (
-    "torch", "megatron-core", "transformer-engine", "flash-attn-4", "transformers", "tokenizers",
-    "safetensors", "numpy",
+    "torch", "megatron-core", "transformer-engine", "flash-attn-4", "quack-kernels",
+    "transformers", "tokenizers", "safetensors", "numpy",
 )  # fmt: skip
 # Of large files: as many blocks of so many bytes, the first and the last among them.
 _WHOLE_BYTES, _BLOCKS, _BLOCK_BYTES = 16 << 20, 16, 256 << 10

@@ -30,4 +30,5 @@ def test_the_kernels_compute_it_on_a_gpu() -> None:
 
 @has_gpu
 def test_layers_that_add_and_norm_in_one_pass_compute_what_they_do_apart() -> None:
-    assert check("joined_check").endswith("checked 8\n")
+    # Two more where the MLP may have SwiGLU inside its products.
+    assert check("joined_check").endswith(("checked 8\n", "checked 10\n"))

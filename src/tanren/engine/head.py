@@ -13,6 +13,7 @@ pass (`losses_of_logits`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ from torch.autograd.function import once_differentiable
 
 from tanren.engine.main_grad import add_product, already_in_main_grad
 
+# total += leftᵀ right.
+Add = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 # Tokens whose logits exist at a time.
 CHUNK = 4096
 # False keeps the logits of all tokens wherever gradients are wanted.
@@ -220,6 +223,7 @@ class _LossesByChunks(torch.autograd.Function):
         chunk: int,
         loss_weights: torch.Tensor,
         fp8: Any | None,
+        add: Add,
     ) -> torch.Tensor:
         """See `losses_by_chunks`."""
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -230,11 +234,11 @@ class _LossesByChunks(torch.autograd.Function):
             ctx.in_main_grad = d_weight is not None
             d_weight = torch.zeros_like(weight) if d_weight is None else d_weight
         if fp8 is None:
-            gradients = Gradients(loss_weights, d_hidden, d_weight)
+            gradients = Gradients(loss_weights, d_hidden, d_weight, add)
         else:
             from tanren.engine import head_fp8
 
-            gradients = head_fp8.Gradients(loss_weights, d_hidden, d_weight, fp8)
+            gradients = head_fp8.Gradients(loss_weights, d_hidden, d_weight, add, fp8)
         found = _by_chunks(hidden, weight, labels, mine, z_loss, chunk, gradients)
         ctx.weight, ctx.d_hidden, ctx.d_weight = weight, d_hidden, d_weight
         ctx.save_for_backward(loss_weights)
@@ -252,16 +256,19 @@ class _LossesByChunks(torch.autograd.Function):
         d_weight = ctx.d_weight
         if d_weight is not None and ctx.in_main_grad:
             d_weight = already_in_main_grad(ctx.weight)
-        return ctx.d_hidden, d_weight, None, None, None, None, None, None
+        return ctx.d_hidden, d_weight, None, None, None, None, None, None, None
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Where gradients go: d_hidden is overwritten, d_weight added to; None where it is frozen."""
+    """Where gradients go: d_hidden is overwritten, d_weight added to by `add_to_weight`; None where
+    it is frozen.
+    """
 
     loss_weights: torch.Tensor
     d_hidden: torch.Tensor | None
     d_weight: torch.Tensor | None
+    add_to_weight: Add
 
     def add(
         self, part: slice, hidden: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor,
@@ -279,7 +286,7 @@ class Gradients:
         if self.d_hidden is not None:
             torch.mm(logits, weight, out=self.d_hidden[part])
         if self.d_weight is not None:
-            add_product(self.d_weight, logits, hidden[part])
+            self.add_to_weight(self.d_weight, logits, hidden[part])
 
 
 def _by_chunks(
@@ -320,6 +327,7 @@ def losses_by_chunks(
     loss_weights: torch.Tensor | None,
     chunk: int,
     fp8: Any | None = None,
+    add: Add = add_product,
 ) -> torch.Tensor:
     """Cross-entropy of each token over the real vocabulary, in nats, and its z-loss.
 
@@ -336,6 +344,7 @@ def losses_by_chunks(
         loss_weights: [tokens] in fp32; None where nothing is differentiated.
         chunk: tokens whose logits exist at a time.
         fp8: the weight as head_fp8.Weight casts it, where gradients are products of FP8.
+        add: what adds a product in bf16 to the weight's gradient, see `main_grad.add_product`.
     Returns:
         [kinds, tokens] in fp32, the same on every rank of the group; kinds is 1, or 2 with z-loss.
     """
@@ -348,7 +357,7 @@ def losses_by_chunks(
         hidden = F.pad(hidden, (0, 0, 0, more))
         labels, loss_weights = F.pad(labels, (0, more)), F.pad(loss_weights, (0, more))
     losses: torch.Tensor = _LossesByChunks.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, labels, mine, z_loss, chunk, loss_weights, fp8
+        hidden, weight, labels, mine, z_loss, chunk, loss_weights, fp8, add
     )
     return losses[:, :tokens] if more else losses
 
@@ -366,16 +375,20 @@ class Head(ColumnParallelLinear):
     is_first_microbatch: bool
     # Where the weight is cast to FP8; None where the gradients' products stay in bf16.
     _fp8: Any | None
+    _add: Add
 
     @classmethod
-    def take_over(cls, layer: ColumnParallelLinear, vocabulary_size: int, z_loss: float) -> None:
+    def take_over(
+        cls, layer: ColumnParallelLinear, vocabulary_size: int, z_loss: float, add: Add
+    ) -> None:
         """Make GPTModel's output layer one of these.
 
         Args:
             vocabulary_size: pieces without padding.
             z_loss: what log²Z of each token is weighed with; 0 leaves it out.
+            add: see `losses_by_chunks`.
         """
-        layer.__class__ = cls
+        layer.__class__, layer._add = cls, add
         layer.vocabulary_size, layer.z_loss = vocabulary_size, z_loss
         layer.is_first_microbatch, layer._fp8 = True, None
         # What is kept for these products is what Hopper's read.
@@ -420,7 +433,7 @@ class Head(ColumnParallelLinear):
                 self.is_first_microbatch = False
             return losses_by_chunks(
                 hidden, weight, labels, mine, self.z_loss,
-                loss_weights=loss_weights, chunk=CHUNK, fp8=cast,
+                loss_weights=loss_weights, chunk=CHUNK, fp8=cast, add=self._add,
             )  # fmt: skip
         logits = self._forward_impl(
             input=hidden,

@@ -12,6 +12,7 @@ import torch
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelLinear,
     TEDotProductAttention,
+    TERowParallelLinear,
 )
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
@@ -20,7 +21,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from tanren.engine import current_scaling, flash4
+from tanren.engine import current_scaling, flash4, linear
 from tanren.engine.kernels import Where, nowhere, split_and_rotate, swiglu
 from tanren.engine.norm_kernels import add_and_norm, norm
 
@@ -110,6 +111,47 @@ class SwiGLU(MegatronModule):
         )
 
 
+class Column(TEColumnParallelLinear):
+    """The projection to queries, keys and values, by other products."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """[sequence, batch, hidden] to [sequence, batch, out], and no bias."""
+        return linear.linear(x, self.weight), None
+
+
+class Row(TERowParallelLinear):
+    """The projection of what attention made, by other products."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """[sequence, batch, in] to [sequence, batch, hidden], and no bias."""
+        return linear.linear(x, self.weight), None
+
+
+class GateUp(TEColumnParallelLinear):
+    """fc1, whose product applies SwiGLU as well."""
+
+    def forward(self, x: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], None]:
+        """What `linear.gate_up` makes of [sequence, batch, hidden], for `Down`; no bias."""
+        return linear.gate_up(x, self.weight), None
+
+
+class Passing(MegatronModule):
+    """Where megatron-core has the activation, which was applied already."""
+
+    def forward(
+        self, halves: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return halves
+
+
+class Down(TERowParallelLinear):
+    """fc2, whose gradient's product makes that of gate and up."""
+
+    def forward(self, halves: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, None]:
+        """[sequence, batch, hidden], and no bias."""
+        return linear.down(*halves, self.weight), None
+
+
 class Norm(torch.nn.Module):
     """The RMSNorm before a linear layer; `Residual` may have it computed with the sum before it."""
 
@@ -195,19 +237,21 @@ def join(layers: Iterable[Any], *, alone: bool) -> None:
         layer.input_layernorm.stand_before(attention.linear_qkv)
         layer.self_attn_bda.stand_between(attention.linear_proj, layer.pre_mlp_layernorm)
         layer.pre_mlp_layernorm.stand_before(mlp.linear_fc1)
-        mlp.activation_func.stand_between(mlp.linear_fc1, mlp.linear_fc2)
+        if isinstance(mlp.activation_func, SwiGLU):
+            mlp.activation_func.stand_between(mlp.linear_fc1, mlp.linear_fc2)
         # megatron-core's turns gradients on for a sum: an evaluation would keep every layer's.
         layer.bias_dropout_add_exec_handler = nullcontext
     for layer, after in pairwise(() if alone else own):
         layer.mlp_bda.stand_between(layer.mlp.linear_fc2, after.input_layernorm)
 
 
-def layer_spec(*, by_flash4: bool = False) -> ModuleSpec:
+def layer_spec(*, by_flash4: bool = False, by_quack: bool = False) -> ModuleSpec:
     """The layer that GPTModel builds on a GPU; the configuration has `use_te_activation_func`, by
     which megatron-core takes the activation from here.
 
     Args:
         by_flash4: whether attention is FlashAttention 4's instead of Transformer Engine's.
+        by_quack: whether products are quack-kernels' where these are faster, with SwiGLU inside.
     """
     spec = get_gpt_layer_with_transformer_engine_spec()
     layer = spec.submodules
@@ -218,6 +262,9 @@ def layer_spec(*, by_flash4: bool = False) -> ModuleSpec:
     mlp.activation_func = SwiGLU
     layer.input_layernorm = layer.pre_mlp_layernorm = Norm
     attention.linear_qkv = mlp.linear_fc1 = TEColumnParallelLinear
+    if by_quack:
+        attention.linear_qkv, attention.linear_proj = Column, Row
+        mlp.linear_fc1, mlp.activation_func, mlp.linear_fc2 = GateUp, Passing, Down
     layer.self_attn_bda = layer.mlp_bda = Residual
     # In checkpoints a norm lies in the linear layer behind it, as in megatron-core's own spec.
     layer.sharded_state_dict_keys_map = {

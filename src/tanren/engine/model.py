@@ -19,8 +19,10 @@ from tanren.config.training import Layout, Lora
 from tanren.engine.embedding import Embedding
 from tanren.engine.flash4 import PACKAGE as FLASH4
 from tanren.engine.head import Head
-from tanren.engine.main_grad import fuse_without_apex
+from tanren.engine.main_grad import add_product, fuse_without_apex
 from tanren.engine.packed import block_mask, sequence_params
+from tanren.engine.products import PACKAGE as QUACK
+from tanren.engine.products import add_weight_gradient
 
 FP8_RECIPES = {"tensorwise": "tensorwise", "delayed": "delayed", "blockwise": "blockwise"}
 
@@ -86,12 +88,12 @@ def transformer_config(
     )
 
 
-def _layers(config: TransformerConfig, *, flash4: bool) -> Any:
+def _layers(config: TransformerConfig, *, flash4: bool, quack: bool) -> Any:
     """Transformer Engine's layers on a GPU, megatron-core's own on a CPU."""
     if torch.cuda.is_available():
         from tanren.engine.layers import layer_spec
 
-        return layer_spec(by_flash4=flash4)
+        return layer_spec(by_flash4=flash4, by_quack=quack)
     from tanren.engine import cpu
 
     return cpu.block_spec(config)
@@ -118,19 +120,21 @@ class Llama(GPTModel):
     Args:
         z_loss: what log²Z of each token is weighed with; 0 leaves it out.
         flash4: whether attention is FlashAttention 4's, on a GPU.
+        quack: whether products are quack-kernels', on a GPU.
     """
 
     # Set by lora.add_adapters; then they alone are trained and saved.
     lora: Lora | None = None
 
     def __init__(
-        self, shape: Model, config: TransformerConfig, z_loss: float = 0.0, *, flash4: bool = False
-    ) -> None:
+        self, shape: Model, config: TransformerConfig, z_loss: float = 0.0, *,
+        flash4: bool = False, quack: bool = False,
+    ) -> None:  # fmt: skip
         if config.gradient_accumulation_fusion:
             fuse_without_apex()
         super().__init__(
             config=config,
-            transformer_layer_spec=_layers(config, flash4=flash4),
+            transformer_layer_spec=_layers(config, flash4=flash4, quack=quack),
             vocab_size=shape.padded_vocabulary,
             max_sequence_length=shape.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(),
@@ -142,16 +146,18 @@ class Llama(GPTModel):
         )
         self.shape, self.z_loss = shape, z_loss
         # By whose kernels, in words.
-        self.attention = "megatron-core"
+        self.attention = self.products = "megatron-core"
         if torch.cuda.is_available():
             from tanren.engine.layers import join
 
             self.attention = FLASH4 if flash4 else "Transformer Engine"
+            self.products = QUACK if quack else "Transformer Engine"
             join(self.decoder.layers, alone=config.recompute_granularity == "full")
         if self.pre_process:
             Embedding.take_over(self.embedding.word_embeddings)
         if self.post_process:
-            Head.take_over(self.output_layer, shape.vocabulary_size, z_loss)
+            add = add_weight_gradient if quack else add_product
+            Head.take_over(self.output_layer, shape.vocabulary_size, z_loss, add)
         # Transformer Engine's attention takes packed sequences (thd), the local one a mask.
         self.takes_sequences = torch.cuda.is_available()
         scale_rotary(self.rotary_pos_emb, shape.rope_scaling)
@@ -235,11 +241,9 @@ class Llama(GPTModel):
         return self.output_layer(hidden, weight, labels=labels, loss_weights=loss_mask)
 
 
-def build(
-    shape: Model, config: TransformerConfig, z_loss: float = 0.0, *, flash4: bool = False
-) -> Llama:
+def build(shape: Model, config: TransformerConfig, z_loss: float = 0.0, **kernels: bool) -> Llama:
     """This rank's part of the model, on its device; see `Llama`."""
-    model = Llama(shape, config, z_loss, flash4=flash4)
+    model = Llama(shape, config, z_loss, **kernels)
     return model.cuda()
 
 
