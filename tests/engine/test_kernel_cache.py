@@ -13,23 +13,23 @@ from tanren.engine import kernel_cache
 
 NAMES = (
     "TRITON_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED",
-    "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR",
+    "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", "QUACK_CACHE_DIR",
 )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in NAMES:
+    for name in (*NAMES, "QUACK_CACHE_ENABLED"):
         # Set first, so that what a test leaves is taken back.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
 
-def test_both_compilers_keep_theirs_below_the_folder(tmp_path: Path) -> None:
+def test_all_compilers_keep_theirs_below_the_folder(tmp_path: Path) -> None:
     kernel_cache.keep(tmp_path / "kernels")
-    triton, enabled, flash = (os.environ[name] for name in NAMES)
-    assert Path(triton).parent == Path(flash).parent == tmp_path / "kernels"
-    assert enabled == "1" and triton != flash
+    triton, enabled, flash, quack = (os.environ[name] for name in NAMES)
+    assert {Path(one).parent for one in (triton, flash, quack)} == {tmp_path / "kernels"}
+    assert enabled == "1" and len({triton, flash, quack}) == 3
     assert list((tmp_path / "kernels").iterdir()) == []
 
 
@@ -37,10 +37,10 @@ def test_another_processor_has_a_folder_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel_cache.keep(tmp_path)
-    own = os.environ.pop(NAMES[2])
+    own = [os.environ.pop(name) for name in NAMES[2:]]
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: "processor: 0\nflags\t: fpu avx9\n")
     kernel_cache.keep(tmp_path)
-    assert os.environ[NAMES[2]] != own
+    assert all(os.environ[name] != one for name, one in zip(NAMES[2:], own, strict=True))
 
 
 def test_a_folder_that_cannot_be_had_is_no_reason_to_stop(tmp_path: Path, caplog: Any) -> None:
@@ -65,5 +65,6 @@ def test_where_nothing_can_be_locked_triton_alone_keeps_them(
     monkeypatch.setattr(fcntl, "flock", refuse)
     with caplog.at_level("INFO", "tanren"):
         kernel_cache.keep(tmp_path)
-    assert [name in os.environ for name in NAMES] == [True, False, False]
+    assert [name in os.environ for name in NAMES] == [True, False, False, False]
+    assert os.environ["QUACK_CACHE_ENABLED"] == "0"
     assert "cannot be locked" in caplog.text

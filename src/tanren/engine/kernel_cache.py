@@ -13,10 +13,10 @@ logger = logging.getLogger("tanren")
 
 
 def keep(folder: Path) -> None:
-    """Let Triton and FlashAttention 4 keep what they compile; both know a kernel by its source, its
-    compiler and the device.
+    """Let Triton, FlashAttention 4 and quack-kernels keep what they compile; they know a kernel by
+    its source, its compiler and the device.
 
-    To be called before the first kernel is launched, and before FlashAttention 4 is imported. What
+    To be called before the first kernel is launched, and before these are imported. What
     the environment says already stays (a container's says nothing). A folder that cannot be had is
     no reason to stop.
     """
@@ -29,13 +29,19 @@ def keep(folder: Path) -> None:
         return
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
     if not locks:
-        logger.info("%s cannot be locked: FlashAttention 4 is compiled at each start", folder)
+        logger.info(
+            "%s cannot be locked: FlashAttention 4 and quack-kernels are compiled at each start",
+            folder,
+        )
+        os.environ.setdefault("QUACK_CACHE_ENABLED", "0")
         return
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    # Its files hold code of the host as well.
+    # Their files hold code of the host as well.
+    processor = _processor()
     os.environ.setdefault(
-        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder / f"flash-attn-{_processor()}")
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder / f"flash-attn-{processor}")
     )
+    os.environ.setdefault("QUACK_CACHE_DIR", str(folder / f"quack-{processor}"))
 
 
 def _locks(file: int) -> bool:
