@@ -44,8 +44,8 @@ sources:
 """
 FIELDS = (
     "model, init, sequence_length, global_batch, micro_batch, main_gradients, steps, precision, "
-    "fp8, attention, optimizer, schedule, layout, checkpoints, seed, job, tracking, measured, "
-    "data, mix, resume, split, tokens, z_loss, evaluation"
+    "fp8, attention, linear, optimizer, schedule, layout, checkpoints, seed, job, tracking, "
+    "measured, data, mix, resume, split, tokens, z_loss, evaluation"
 )
 OPTIMIZER = "lr, min_lr, beta1, beta2, epsilon, weight_decay, clip_grad, moments"
 HINT = "YAML reads a number such as 5e-5 as text: write 5.0e-5"

@@ -120,6 +120,9 @@ def test_a_base_that_is_not_made_yet_plans() -> None:
     assert (plan.start, plan.tokenizer) == ("stage:midtrain", None)
 
 
+GPU: dict[str, Any] = {"machine": Machine(gpus=2, gpu=Gpu("NVIDIA H200", 139.0))}
+
+
 @pytest.mark.parametrize(
     ("stage", "sets", "message"),
     [
@@ -135,6 +138,13 @@ def test_a_base_that_is_not_made_yet_plans() -> None:
 )
 def test_what_does_not_fit_is_refused(stage: str, sets: list[str], message: str) -> None:
     assert message in refusal(stage, *sets)
+
+
+def test_adapters_stand_beside_transformer_engines_layers() -> None:
+    sets = ["precision=bf16", "linear=quack"]
+    planned("sft", *sets, **GPU)
+    text = refusal("sft", *sets, "lora={rank: 4}", **GPU)
+    assert "linear: quack knows no adapters (lora)" in text
 
 
 def test_context_parallelism_is_refused_on_gpus() -> None:
@@ -260,7 +270,6 @@ def test_a_run_that_began_before_there_was_a_choice_of_engines_goes_on() -> None
     assert "engine" not in planned("dpo").settings
 
 
-GPU: dict[str, Any] = {"machine": Machine(gpus=2, gpu=Gpu("NVIDIA H200", 139.0))}
 ADAPTED = product("sft", start="checkpoint:/b", lora={"rank": 4}, template="llmjp-instruct")
 
 
@@ -276,6 +285,7 @@ ADAPTED = product("sft", start="checkpoint:/b", lora={"rank": 4}, template="llmj
             GPU,
             "sft.yaml: attention: flash4 is offer",
         ),
+        ("sft", ["precision=bf16", "linear=quack"], GPU, "sft.yaml: linear: quack is offered by"),
         ("sft", ["layout.tensor=2", "layout.data=null"], GPU, "layout.tensor: engine: nemo spread"),
         ("sft", ["layout.pipeline=2", "layout.data=null"], GPU, "layout.pipeline: engine: nemo"),
         ("sft", ["precision=bf16", "optimizer.moments=bf16"], {}, "optimizer.moments: bf16 is off"),

@@ -229,6 +229,7 @@ class Training(Strict):
 
     `attention` is by whose kernels a GPU computes it: `te`, Transformer Engine's choice, cuDNN on
     Hopper; `flash4`, the package flash-attn-4; `auto` takes that where it is installed and fits.
+    `linear` is the same of linear layers and SwiGLU: `te`, or `quack`, the package quack-kernels.
     """
 
     model: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
@@ -241,6 +242,7 @@ class Training(Strict):
     precision: Literal["auto", "bf16", "fp32"] = "bf16"
     fp8: Fp8 = "none"
     attention: Literal["auto", "te", "flash4"] = "auto"
+    linear: Literal["auto", "te", "quack"] = "auto"
     optimizer: Optimizer
     schedule: Schedule = Schedule()
     layout: Layout = Layout()

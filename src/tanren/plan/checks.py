@@ -8,7 +8,7 @@ from typing import Any
 
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
-from tanren.config.training import Training
+from tanren.config.training import Training, Tuning
 
 
 def check_vocabulary(
@@ -68,40 +68,40 @@ def check_layout(recipe: Training, model: Model, device: str, place: str) -> Non
                 f"{what} {value} is not a multiple of {divisor_name} {divisor}",
                 "choose a size that divides it",
             )
-    if device == "cpu":
-        if recipe.fp8 != "none":
-            raise RequestError(
-                f"{place}: fp8",
-                f"{recipe.fp8} needs a GPU, and this machine has none",
-                "--set fp8=none",
-            )
-        if recipe.attention == "flash4":
-            raise RequestError(
-                f"{place}: attention",
-                "flash4 needs a GPU, and this machine has none",
-                "--set attention=auto",
-            )
-        if layout.context > 1:
-            raise RequestError(
-                f"{place}: layout.context",
-                f"{layout.context} needs Transformer Engine on GPUs, and this machine has none",
-                "--set layout.context=1",
-            )
-    if recipe.attention == "flash4" and layout.context > 1:
-        raise RequestError(
-            f"{place}: attention",
-            f"flash4 knows no context parallelism (layout.context {layout.context})",
-            "--set attention=auto takes Transformer Engine's",
-        )
-    if recipe.attention == "flash4" and recipe.precision == "fp32":
-        raise RequestError(
-            f"{place}: attention", "flash4 goes with precision bf16, not fp32",
-            "--set attention=auto",
-        )  # fmt: skip
-    if recipe.fp8 != "none" and recipe.precision == "fp32":
-        raise RequestError(
-            f"{place}: fp8", f"{recipe.fp8} goes with precision bf16, not fp32", "--set fp8=none"
-        )
+    _check_kernels(recipe, device, place)
+
+
+def _check_kernels(recipe: Training, device: str, place: str) -> None:
+    """Refuse what asks for kernels that this machine or this layout has not."""
+    layout, flash4 = recipe.layout, recipe.attention == "flash4"
+    quack, fp8, wide = recipe.linear == "quack", recipe.fp8, recipe.precision == "fp32"
+    cpu, adapted = device == "cpu", isinstance(recipe, Tuning) and recipe.lora is not None
+    no_gpu = "needs a GPU, and this machine has none"
+    problems = [
+        (cpu and fp8 != "none", "fp8", f"{fp8} {no_gpu}", "fp8=none"),
+        (cpu and flash4, "attention", f"flash4 {no_gpu}", "attention=auto"),
+        (cpu and quack, "linear", f"quack {no_gpu}", "linear=auto"),
+        (cpu and layout.context > 1, "layout.context",
+         f"{layout.context} needs Transformer Engine on GPUs, and this machine has none",
+         "layout.context=1"),
+        (flash4 and layout.context > 1, "attention",
+         f"flash4 knows no context parallelism (layout.context {layout.context})",
+         "attention=auto takes Transformer Engine's"),
+        (quack and layout.tensor > 1, "linear",
+         f"quack knows no tensor parallelism (layout.tensor {layout.tensor})",
+         "linear=auto takes Transformer Engine's"),
+        (quack and adapted, "linear", "quack knows no adapters (lora)",
+         "linear=auto takes Transformer Engine's"),
+        (quack and fp8 != "none", "linear", f"quack computes in bf16, not in FP8 ({fp8})",
+         "linear=auto takes Transformer Engine's"),
+        (flash4 and wide, "attention", "flash4 goes with precision bf16, not fp32",
+         "attention=auto"),
+        (quack and wide, "linear", "quack goes with precision bf16, not fp32", "linear=auto"),
+        (fp8 != "none" and wide, "fp8", f"{fp8} goes with precision bf16, not fp32", "fp8=none"),
+    ]  # fmt: skip
+    for bad, field, problem, step in problems:
+        if bad:
+            raise RequestError(f"{place}: {field}", problem, f"--set {step}")
 
 
 def check_schedule(recipe: Training, steps: int, place: str) -> None:

@@ -44,6 +44,12 @@ def check_nemo(request: Request, recipe: Tuning, base: Start) -> None:
             f"--set attention=auto, or {_MEGATRON}",
         ),
         (
+            "linear",
+            recipe.linear == "quack",
+            f"{recipe.linear} is offered by engine: megatron alone",
+            f"--set linear=auto, or {_MEGATRON}",
+        ),
+        (
             f"layout.{cuts[0] if cuts else ''}",
             bool(cuts),
             "engine: nemo spreads a model over data-parallel GPUs alone, their optimizer shared",

@@ -23,7 +23,8 @@ CPU_TFLOPS = 1.0
 MOST_CPU_DAYS = 30
 # Settings of a run that may change on the way: how it lies over the processes, what it keeps.
 FREE = (
-    "layout", "micro_batch", "main_gradients", "attention", "checkpoints", "evaluation", "steps",
+    "layout", "micro_batch", "main_gradients", "attention", "linear", "checkpoints", "evaluation",
+    "steps",
 )  # fmt: skip
 
 

@@ -71,7 +71,7 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("on", f"{where}: tensor {layout['tensor']}, pipeline {layout['pipeline']}, context "
          f"{layout['context']}, data {layout['data']}, recompute {layout['recompute']}"),
         ("model", f"{found['model']}, {size}; {found['precision']}{fp8}; {made_up}; attention by "
-         f"{found['attention']}"),
+         f"{found['attention']}, products by {found['products']}"),
         ("batch", f"{found['global_batch']} of {found['sequence_length']:,} tokens, micro batch "
          f"{found['micro_batch']}, {found['accumulation']} a step"),
         ("speed", f"{speed['median']:,.0f} tokens/s a {unit} ({speed['min']:,.0f} to "

@@ -60,7 +60,8 @@ class Measuring:
     ) -> None:  # fmt: skip
         self.plan, self.bench, self.feed, self.rates = plan, bench, feed, rates
         self.device = device
-        self.attention = unwrap_model(state.model).attention
+        model = unwrap_model(state.model)
+        self.attention, self.products = model.attention, model.products
         self._tracer = StepTracer(bench.steps, state.model, device)
 
     def around(self, step: int) -> AbstractContextManager[None]:
@@ -95,7 +96,7 @@ class Measuring:
             "data": "real" if bench.real else "random",
             "device": name, "gpus": world if self.device.type == "cuda" else 0,
             "processes": world, "precision": plan.precision, "fp8": recipe.fp8,
-            "attention": self.attention,
+            "attention": self.attention, "products": self.products,
             "layout": layout.model_dump(mode="json") | {"data": plan.batch.data_parallel},
             "sequence_length": recipe.sequence_length, "micro_batch": plan.batch.micro_batch,
             "global_batch": recipe.global_batch,

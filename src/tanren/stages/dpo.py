@@ -17,7 +17,7 @@ from tanren.config.errors import WorkError
 from tanren.config.training import Preference
 from tanren.data.blend import Batch
 from tanren.data.rows import Items, Pairs
-from tanren.engine import flash4, preference
+from tanren.engine import flash4, preference, products
 from tanren.engine.checkpoint import TrainingState
 from tanren.engine.fingerprint import fingerprint
 from tanren.engine.packed import packed_forward
@@ -128,10 +128,12 @@ def _kept(data: Data, base: str, state: TrainingState) -> list[Kept]:
     """Where the log-probabilities of each set are, by what they depend on."""
     plan = data.plan
     cut = plan.recipe.sequence_length if plan.recipe.too_long == "truncate" else None
-    # A policy is compared with what its own engine's and attention's kernels made of the reference.
+    # A policy is compared with what its own engine and kernels made of the reference.
     by = ["nemo"] if by_nemo(plan.recipe) else []
-    if not by and unwrap_model(state.model).attention == flash4.PACKAGE:
-        by = [flash4.PACKAGE]
+    if not by:
+        model = unwrap_model(state.model)
+        kernels = {flash4.PACKAGE, products.PACKAGE}
+        by = [one for one in (model.attention, model.products) if one in kernels]
     found = []
     for one in data.examples.choice.sets:
         key = digest([one.folder.name, base, plan.precision, plan.recipe.fp8, cut, *by])

@@ -19,7 +19,7 @@ from tanren.config.errors import RequestError
 from tanren.config.training import Lora, Tuning
 from tanren.convert import hf, mcore, unpickle
 from tanren.convert import lora as adapters_of
-from tanren.engine import distributed, flash4, kernel_cache, loop, lora, timing
+from tanren.engine import distributed, flash4, kernel_cache, loop, lora, products, timing
 from tanren.engine import model as models
 from tanren.engine.checkpoint import TrainingState, load, load_base
 from tanren.engine.log import Metrics
@@ -88,8 +88,14 @@ def make_state(plan: TrainingPlan, steps: int, z_loss: float = 0.0) -> TrainingS
     )
     if takes_flash4:
         logger.info("attention by %s %s", flash4.PACKAGE, flash4.VERSION)
-    llama = models.build(plan.model, config, z_loss, flash4=takes_flash4)
     settings = _lora(plan)
+    takes_quack = products.wanted(
+        recipe.linear, plan.precision, recipe.fp8, plan.model, recipe.layout.tensor,
+        lora=settings is not None,
+    )  # fmt: skip
+    if takes_quack:
+        logger.info("products by %s %s", products.PACKAGE, products.VERSION)
+    llama = models.build(plan.model, config, z_loss, flash4=takes_flash4, quack=takes_quack)
     if settings is not None:
         lora.add_adapters(llama, settings, seed=recipe.seed)
     model = models.wrap_for_training(llama, "bf16" if recipe.main_gradients == "bf16" else "fp32")
