@@ -105,6 +105,12 @@ def test_the_least_work_of_a_step_adds_up_to_the_models_flops() -> None:
     # Two norms with their sums (8 of the stream each), SwiGLU, rotations of 32 + 8 heads; logits.
     moved = 32 * (2 * 8 * 4096 + 8 * 14336 + 4 * 40 * 128) + 2 * 196_608
     assert least["elementwise_bytes"] == pytest.approx(2 * moved * tokens / 8)
+    inside = least_work(
+        model, recipe, precision="bf16", data_parallel=4, tokens=tokens, predicted=tokens,
+        flops=flops, swiglu_inside=True,
+    )  # fmt: skip
+    less = {"elementwise_bytes": 2 * (moved - 32 * 8 * 14336) * tokens / 8}
+    assert inside == pytest.approx(least | less)
     # 4 bytes of each of a GPU's parameters are zeroed, and 34 of a data-parallel part of them.
     assert least["optimizer_bytes"] == pytest.approx(model.parameters / 2 * (4 + 38 / 4 - 1))
 

@@ -136,6 +136,12 @@ def test_every_kind_of_recipe_becomes_a_run_of_so_many_steps(file: str) -> None:
     assert bf16 == changed.model_copy(update={"fp8": "none"})
 
 
+def test_products_that_are_of_bf16_alone_are_left_in_fp8() -> None:
+    recipe = recipe_of("midtrain", "linear=quack")
+    assert "linear=auto" in changes(recipe, "tensorwise", 120)
+    assert not any(one.startswith("linear") for one in changes(recipe, "bf16", 120))
+
+
 def test_the_recipes_own_fp8_is_tried_where_none_is_stated() -> None:
     recipe = recipe_of("midtrain")
     assert scalings((), recipe) == ("tensorwise",)

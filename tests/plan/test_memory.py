@@ -34,6 +34,8 @@ MEASURED = [
     ("sft", 2, ["micro_batch=2"], 108.11),
     ("sft", 2, ["micro_batch=2", "fp8=tensorwise"], 117.41),
     ("dpo", 2, ["micro_batch=1"], 109.86),
+    ("midtrain", 1, ["micro_batch=1", "linear=quack"], 111.32),
+    ("midtrain", 2, ["micro_batch=2", "linear=quack"], 100.96),
 ]
 
 

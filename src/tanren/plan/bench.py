@@ -95,7 +95,7 @@ def made_up_data(recipe: Midtrain) -> dict[str, Any]:
 
 def least_work(
     model: Model, recipe: Training, *, precision: str, data_parallel: int, tokens: int,
-    predicted: int, flops: float,
+    predicted: int, flops: float, swiglu_inside: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """What one GPU cannot do without in a step: FLOP by kind, and bytes that it moves.
 
@@ -106,6 +106,7 @@ def least_work(
 
     Args:
         tokens: of all GPUs, as `predicted` (they go through the output layer) and `flops` are.
+        swiglu_inside: whether SwiGLU is inside the products beside it, without passes of its own.
     """
     layout = recipe.layout
     gpus = data_parallel * layout.model_parallel
@@ -115,7 +116,8 @@ def least_work(
     keys = model.kv_groups * model.head_width
     # Forward and backward, in elements a token and layer.
     norms = 2 * 8 * model.hidden_size
-    elements = norms + 8 * model.ffn_hidden_size + 4 * (queries + keys)
+    swiglu = 0 if swiglu_inside else 8 * model.ffn_hidden_size
+    elements = norms + swiglu + 4 * (queries + keys)
     moved = width * (tokens * model.layers * elements + 2 * predicted * model.vocabulary_size)
     lora = recipe.lora if isinstance(recipe, Tuning) else None
     trained = trained_parameters(model, lora) / (layout.tensor * layout.pipeline)

@@ -66,6 +66,8 @@ def changes(recipe: Training, scaling: str, steps: int) -> tuple[str, ...]:
         "schedule.constant_steps=0",
         "precision=bf16",
         f"fp8={scaling if scaling in SCALINGS else 'none'}",
+        # quack computes in bf16 alone.
+        *(["linear=auto"] * (scaling in SCALINGS)),
         "checkpoints.keep_last=1",
         *([f"optimizer.lr={recipe.optimizer.lr * (1 + NUDGE):.10g}"] * (scaling == CONTROL)),
     )

@@ -144,6 +144,9 @@ def _saved(model: Model, layout: Layout, recipe: Training, layers: float, width:
     # What only a matrix product reads again; with FP8 it is kept in one byte, and attention's
     # output, which attention reads as well, in both.
     multiplied = 2 * hidden + inner
+    if recipe.linear == "quack":
+        # The gated unit's product is made once more.
+        multiplied -= inner
     kept = 2 * hidden + queries + keys_and_values + queries + 2 * inner
     if recipe.fp8 == "none":
         layer = width * (multiplied + kept)

@@ -14,7 +14,7 @@ from megatron.core.utils import unwrap_model
 
 from tanren import runs
 from tanren.config.training import Dpo
-from tanren.engine import timing
+from tanren.engine import products, timing
 from tanren.engine.checkpoint import TrainingState
 from tanren.engine.profile import Rates, StepTracer, measure_rates
 from tanren.engine.saver import Saver
@@ -128,6 +128,7 @@ class Measuring:
             plan.model, plan.recipe, precision=plan.precision,
             data_parallel=plan.batch.data_parallel, tokens=work.tokens,
             predicted=work.predicted, flops=work.flops,
+            swiglu_inside=self.products == products.PACKAGE,
         )  # fmt: skip
         gemm = parts.nanoseconds["gemm"] + parts.nanoseconds["gemm_fp8"]
         head = parts.nanoseconds["head"]
