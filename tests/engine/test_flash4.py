@@ -17,7 +17,7 @@ from tanren.engine import flash4
 from tanren.engine.packed import sequence_params
 from tanren.images.definition import IMAGES, read_versions
 from tests.conftest import REPOSITORY
-from tests.engine.processes import check
+from tests.engine.processes import check, on_hopper_with
 
 Patch = pytest.MonkeyPatch
 
@@ -126,10 +126,11 @@ def test_a_cpu_has_megatrons_own() -> None:
     assert not flash4.wanted("auto", "bf16", EIGHT, 1)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.skipif(
+    not on_hopper_with(flash4.PACKAGE, flash4.VERSION), reason="no GPU, or no flash-attn-4"
+)
 def test_its_errors_are_transformer_engines_on_a_gpu() -> None:
-    if not flash4.wanted("auto", "bf16", EIGHT, 1):
-        pytest.skip("no flash-attn-4 for this GPU")
+    assert flash4.wanted("auto", "bf16", EIGHT, 1)
     assert check("flash4_check").endswith("checked 6\n")
 
 
