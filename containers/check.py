@@ -16,6 +16,7 @@ IMPORTS = {
     "train": (
         "torch", "transformer_engine.pytorch", "megatron.core",
         "megatron.core.datasets.helpers_cpp", "transformers", "flash_attn.cute.interface",
+        "quack.gemm_interface", "quack.epilogue.library",
     ),
     "te19": (
         "torch", "transformer_engine.pytorch", "megatron.core",

@@ -47,6 +47,7 @@ def test_a_folder_that_cannot_be_had_is_no_reason_to_stop(tmp_path: Path, caplog
     (tmp_path / "kernels").write_text("a file")
     kernel_cache.keep(tmp_path / "kernels")
     assert not any(name in os.environ for name in NAMES)
+    assert os.environ["QUACK_CACHE_ENABLED"] == "0"
     assert "File exists; kernels are compiled at each start" in caplog.text
 
 

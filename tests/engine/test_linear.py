@@ -19,7 +19,7 @@ from tanren.engine import linear, products
 from tanren.engine.main_grad import add_product
 from tanren.images.definition import IMAGES, read_versions
 from tests.conftest import REPOSITORY
-from tests.engine.processes import check
+from tests.engine.processes import check, on_hopper_with
 
 Patch = pytest.MonkeyPatch
 EIGHT = read_model("llmjp4-8b")
@@ -41,6 +41,7 @@ def installed(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(products, "_quack", StandIn)
 
 
 def test_it_is_taken_where_it_is_installed_and_fits(monkeypatch: Patch) -> None:
@@ -65,17 +66,31 @@ def test_it_is_taken_where_it_is_installed_and_fits(monkeypatch: Patch) -> None:
 )
 def test_auto_goes_without_it_and_quack_says_why_not(
     monkeypatch: Patch, version: str | None, capability: tuple[int, int], asked: dict[str, Any],
-    why: str,
+    why: str, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     installed(monkeypatch, version, capability)
     fits: dict[str, Any] = {
         "precision": "bf16", "fp8": "none", "shape": EIGHT, "tensor": 1, "lora": False,
     }  # fmt: skip
-    assert not products.wanted("auto", **fits | asked)
+    with caplog.at_level("INFO", "tanren"):
+        assert not products.wanted("auto", **fits | asked)
+    assert "products by Transformer Engine: " in caplog.text and why in caplog.text
     with pytest.raises(RequestError) as error:
         products.wanted("quack", **fits | asked)
     assert why in str(error.value)
     assert "--set linear=auto" in str(error.value)
+
+
+def test_a_package_that_cannot_be_imported_is_no_reason_to_stop(monkeypatch: Patch) -> None:
+    installed(monkeypatch, products.VERSION)
+
+    def missing() -> None:
+        raise ImportError("No module named 'cutlass'")
+
+    monkeypatch.setattr(products, "_quack", missing)
+    assert not products.wanted("auto", "bf16", "none", EIGHT, 1, lora=False)
+    with pytest.raises(RequestError, match="cannot be imported: No module named 'cutlass'"):
+        products.wanted("quack", "bf16", "none", EIGHT, 1, lora=False)
 
 
 def beside(halves: torch.Tensor, dim: int = -1) -> torch.Tensor:
@@ -116,6 +131,7 @@ class StandIn:
         dx_out: torch.Tensor, postact_out: torch.Tensor, dynamic_scheduler: bool, config: None,
     ) -> None:  # fmt: skip
         assert activation == "swiglu" and not dynamic_scheduler
+        assert a.is_contiguous() and preact.is_contiguous()
         leaf = preact.detach().requires_grad_()
         with torch.enable_grad():
             result = F.silu(leaf[:, ::2]) * leaf[:, 1::2]
@@ -128,6 +144,7 @@ class StandIn:
         concat_layout: tuple[str, ...] | None, add_to_output: bool = False, **tiles: Any,
     ) -> None:  # fmt: skip
         """[l, m, k] and [l, n, k] to [l, m, n]; what is concatenated is so where it is strided."""
+        assert all(1 in one.stride()[1:] for one in (a, b, d))
         self.called += 1
         self.read = c is not None
         halved = concat_layout or ()
@@ -205,6 +222,23 @@ def test_a_linear_layer_goes_back_by_the_products_that_are_faster(
     assert quack.called == int(fills)
 
 
+def test_nothing_goes_back_by_what_the_first_half_leaves_for_the_second(quack: StandIn) -> None:
+    gate_up, swiglu = linear.gate_up(torch.randn(4, 1, 6).requires_grad_(), torch.randn(8, 6))
+    assert gate_up.requires_grad and not swiglu.requires_grad
+
+
+def test_gradients_may_be_expanded(monkeypatch: Patch, quack: StandIn) -> None:
+    """That of a sum is one number, which the package cannot read as a matrix."""
+    monkeypatch.setattr(products, "_fills", lambda *_: True)
+    x, weight, first, second = double(7, 2, 5), double(5, 5), double(6, 5), double(5, 3)
+    for one in (weight, first, second):
+        one.main_grad = torch.zeros_like(one)
+    linear.linear(x, weight).sum().backward()
+    linear.down(*linear.gate_up(x, first), second).sum().backward()
+    expected = torch.autograd.grad((x @ weight.t()).sum(), weight)[0]
+    torch.testing.assert_close(weight.main_grad, expected)
+
+
 def test_frozen_weights_have_no_gradients(quack: StandIn) -> None:
     x = torch.randn(4, 1, 6).requires_grad_()
     found = linear.down(*linear.gate_up(x, torch.randn(8, 6)), torch.randn(6, 4))
@@ -246,10 +280,11 @@ def test_tiles_are_left_where_their_last_wave_is_half_empty(
     assert products._fills(rows, columns, 132) == fills
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.skipif(
+    not on_hopper_with(products.PACKAGE, products.VERSION), reason="no GPU, or no quack-kernels"
+)
 def test_its_errors_are_those_of_products_apart_on_a_gpu() -> None:
-    if not products.wanted("auto", "bf16", "none", EIGHT, 1, lora=False):
-        pytest.skip("no quack-kernels for this GPU")
+    assert products.wanted("auto", "bf16", "none", EIGHT, 1, lora=False)
     assert check("linear_check").endswith("checked 8\n")
 
 

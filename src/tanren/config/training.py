@@ -229,7 +229,8 @@ class Training(Strict):
 
     `attention` is by whose kernels a GPU computes it: `te`, Transformer Engine's choice, cuDNN on
     Hopper; `flash4`, the package flash-attn-4; `auto` takes that where it is installed and fits.
-    `linear` is the same of linear layers and SwiGLU: `te`, or `quack`, the package quack-kernels.
+    `linear` is the same of linear layers, SwiGLU and the gradient of the head's weight: `te`, or
+    `quack`, the package quack-kernels.
     """
 
     model: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]

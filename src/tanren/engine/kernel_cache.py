@@ -26,6 +26,8 @@ def keep(folder: Path) -> None:
             locks = _locks(file.fileno())
     except OSError as error:
         logger.warning("%s: %s; kernels are compiled at each start", folder, error.strerror)
+        # By itself it keeps them in /tmp.
+        os.environ.setdefault("QUACK_CACHE_ENABLED", "0")
         return
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
     if not locks:

@@ -54,11 +54,12 @@ class _GateUp(torch.autograd.Function):
         gate_up, swiglu = products.gate_up_and_swiglu(x.flatten(0, -2), weight)
         ctx.save_for_backward(x, weight)
         ctx.weight = weight
+        around = x.shape[:-1]
+        swiglu = swiglu.view(*around, -1)
         ctx.mark_non_differentiable(swiglu)
         # Or the result that nothing goes back by would have a gradient of noughts made.
         ctx.set_materialize_grads(False)
-        around = x.shape[:-1]
-        return gate_up.view(*around, -1), swiglu.view(*around, -1)
+        return gate_up.view(*around, -1), swiglu
 
     @staticmethod
     @once_differentiable

@@ -4,12 +4,14 @@ those of weights' gradients.
 The product that makes gate and up applies SwiGLU to what it still holds in registers; the one that
 makes SwiGLU's gradient turns it into those of gate and up, and makes SwiGLU's result once more, so
 that it need not be kept. Two passes over memory fall away, and a tenth of a layer's activations.
-What is not faster than cuBLAS's, on the Hopper GPUs where it was tried (docs/performance.md), is
-left to torch. So are products in FP8, which were not tried.
+Gate and up lie beside each other in between, so the products that read their gradient are the
+package's as well. What else is not faster than cuBLAS's, on the Hopper GPUs where it was tried
+(docs/performance.md), is left to torch; so are products in FP8, which were not tried.
 """
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from importlib import metadata
 from types import SimpleNamespace
@@ -20,6 +22,8 @@ import torch
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
 from tanren.engine.main_grad import add_product
+
+logger = logging.getLogger("tanren")
 
 PACKAGE, VERSION = "quack-kernels", "0.6.5"
 # Hopper; others have other kernels, which were not tried.
@@ -50,6 +54,8 @@ def wanted(
     why = _obstacle(precision, fp8, shape, tensor, lora=lora)
     if why is not None and linear == "quack":
         raise RequestError("linear", f"quack is not to be had: {why}", "--set linear=auto")
+    if why is not None:
+        logger.info("products by Transformer Engine: %s", why)
     return why is None
 
 
@@ -73,12 +79,19 @@ def _obstacle(precision: str, fp8: str, shape: Model, tensor: int, *, lora: bool
         return "adapters stand beside Transformer Engine's layers"
     if any(size % WIDTH for size in (shape.hidden_size, shape.ffn_hidden_size, shape.head_width)):
         return f"it was tried with widths that are multiples of {WIDTH}"
+    try:
+        _quack()
+    except ImportError as error:
+        return f"{PACKAGE} cannot be imported: {error}"
     return None
 
 
 @cache
 def _quack() -> Any:
-    """What is taken of the package, imported at the first call: it takes seconds."""
+    """What is taken of the package, imported at the first call: it takes seconds, and wants to know
+    beforehand where it may keep what it compiles.
+    """
+    from quack.epilogue import library  # noqa: F401 (what gemm_act imports at its first call)
     from quack.gemm import gemm
     from quack.gemm_config import GemmConfig
     from quack.gemm_interface import gemm_act, gemm_dact
