@@ -24,6 +24,17 @@ from tanren.plan.paths import RunFolder
 from tests.data.fake_hub import Hub, serve
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def tracked(*patterns: str) -> list[str]:
+    """Files that git knows, relative to the repository."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", *patterns],
+        cwd=REPOSITORY, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return [name for name in listed.stdout.split("\0") if name]
+
+
 RECIPES = REPOSITORY / "recipes" / "tiny"
 # A run of seconds: every test that trains uses these unless it says otherwise.
 SHORT = (

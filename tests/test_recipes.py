@@ -23,11 +23,14 @@ from tanren.plan.make import make_plan
 from tanren.plan.plan import MidtrainPlan, Plan, TrainingPlan
 from tanren.plan.site import Wish
 from tanren.report.plan import print_plan
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, tracked
 
 ROOT = REPOSITORY / "recipes"
+# Those of the repository: a user's own are none of them.
 FILES = sorted(
-    path for path in ROOT.glob("*/*.yaml") if path.parent.name not in ("models", "sites")
+    path
+    for path in map(REPOSITORY.joinpath, tracked(":(glob)recipes/*/*.yaml"))
+    if path.parent.name not in ("models", "sites")
 )
 TASKS = sorted({path.parent.name for path in FILES})
 SITES = ["local", *sites()]

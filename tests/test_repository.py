@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, tracked
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -47,12 +46,7 @@ def test_the_house_in_the_design_is_the_house() -> None:
 
 def test_no_file_names_a_package_registry_by_its_host() -> None:
     """PyPI and the Debian mirror are the machine's own settings."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
-    files = [
-        name for name in listed.stdout.split("\0") if name and not name.endswith((".png", ".xz"))
-    ]
+    files = [name for name in tracked() if not name.endswith((".png", ".xz"))]
     assert files
     hosts = re.compile(r"(pypi|pythonhosted|debian|download\.pytorch)\.(org|io)")
     # Checkpoints that tests read are no text, but hold some.
