@@ -335,6 +335,34 @@ def test_new_data_are_refused_unless_the_recipe_allows_them(task: Path) -> None:
     assert start.plan.data_start == 80
 
 
+def test_a_run_at_work_is_not_to_be_removed(task: Path) -> None:
+    folder = begin(task, 80)
+    with pytest.raises(RequestError, match="was begun with other settings") as refused:
+        look_on(task, "seed=5")
+    assert refused.value.next_step == (
+        'the settings of then, SET="..." among them, go on with it; or give the new run a name '
+        f"(NAME=... or --name), or rm -r {folder.root}"
+    )
+    with runs.locked(folder.lock), pytest.raises(RequestError) as refused:
+        look_on(task, "seed=5")
+    assert refused.value.next_step == (
+        "it is at work now: wait for it, or give the new run a name (NAME=... or --name)"
+    )
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_before_the_start(task: Path) -> None:
+    there = task / "iter_0000500"
+    order = Order(task / "midtrain.yaml", assignments=(f"init=checkpoint:{there}",))
+    with pytest.raises(RequestError, match=f"init: there is no folder {there}"):
+        orders.refuse_start(order, reading.read_request(order))
+    there.mkdir()
+    orders.refuse_start(order, reading.read_request(order))
+    there.rmdir()
+    begin(task, 80, f"init=checkpoint:{there}")
+    # A run that has begun has all that it needs of its base.
+    orders.refuse_start(order, reading.read_request(order))
+
+
 def test_new_data_are_no_excuse_for_other_changes(task: Path) -> None:
     begin(task, 80)
     for other in ("optimizer.lr=1.0e-4", "steps=330", "seed=5"):

@@ -42,7 +42,7 @@ def add_stage(group: typer.Typer, verb_name: str, stage: str, does: str) -> None
     ) -> None:  # fmt: skip
         from tanren.config.errors import RequestError
 
-        if recipe.name.split(".")[0] != stage:
+        if recipe.name.split(".")[0] != stage and recipe.exists():
             from tanren.config.schema import STAGES
 
             named = recipe.name.split(".")[0]

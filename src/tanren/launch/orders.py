@@ -100,11 +100,23 @@ def refuse_start(order: Order, request: Request) -> None:
     """Refuse what cannot become of anything before something is made for it.
 
     Raises:
-        RequestError: the base is not named, or there are no GPUs for months of work.
+        RequestError: the base is not named or not there, or there are no GPUs for months of work.
     """
     refuse_given(order, request.recipe)
     if not request.folder.done.exists():
         training.refuse_processors(request)
+        if request.begun is None:
+            _refuse_without_checkpoint(order, request.recipe)
+
+
+def _refuse_without_checkpoint(order: Order, recipe: Recipe) -> None:
+    kind, _, where = recipe.init.partition(":") if isinstance(recipe, Training) else ("", "", "")
+    if kind == "checkpoint" and not Path(where).is_dir():
+        raise RequestError(
+            f"{order.recipe_file}: init",
+            f"there is no folder {where}",
+            "name a checkpoint's own folder (.../iter_0000500), which holds .metadata",
+        )
 
 
 def check_name(value: str, option: str = "--name", also: str = "-") -> None:

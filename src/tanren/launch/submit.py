@@ -71,13 +71,11 @@ def look(plan: Plan) -> Start:
             if not (
                 new_data and isinstance(plan, MidtrainPlan) and plan.recipe.resume == "new-data"
             ):
-                state = "was made" if done else "was begun"
-                go_on = "--set resume=new-data goes on with the new data from here; or "
                 raise RequestError(
                     folder.root,
-                    f"{state} with other settings: {'; '.join(changed[:6])}",
-                    f"{go_on if new_data else ''}give the new run a name (NAME=... or --name), or "
-                    f"rm -r {folder.root}",
+                    f"{'was made' if done else 'was begun'} with other settings: "
+                    f"{'; '.join(changed[:6])}",
+                    _next_to_other_settings(folder, done=done, new_data=new_data),
                 )
             there = runs.latest_checkpoint(folder) or 0
             if plan.data_start != there:
@@ -87,6 +85,17 @@ def look(plan: Plan) -> Start:
                     "the same command again plans anew",
                 )
     return Start(plan, False, runs.latest_checkpoint(folder))
+
+
+def _next_to_other_settings(folder: RunFolder, *, done: bool, new_data: bool) -> str:
+    """What to do about a run that was started with other settings."""
+    name = "give the new run a name (NAME=... or --name)"
+    if runs.is_locked(folder.lock):
+        return f"it is at work now: wait for it, or {name}"
+    steps = ["--set resume=new-data goes on with the new data from here"] if new_data else []
+    # As first given: the recipe's file is as it was, more often than not.
+    steps += [] if done else ['the settings of then, SET="..." among them, go on with it']
+    return "; or ".join([*steps, name]) + f", or rm -r {folder.root}"
 
 
 def uncommitted() -> str | None:
