@@ -13,6 +13,7 @@ import pytest
 
 from tanren.config.errors import RequestError
 from tanren.config.load import read_model, read_recipe
+from tanren.plan.bench import Bench
 from tanren.plan.make import make_plan
 from tanren.plan.midtrain import has_new_data
 from tanren.plan.paths import RunFolder, stage_of
@@ -110,6 +111,41 @@ def test_months_of_work_are_refused_where_there_are_no_gpus() -> None:
     with pytest.raises(RequestError, match="its 8 GPUs need Transformer Engine") as refused:
         refuse_processors(replace(big, machine=Machine(idle_gpus=8)))
     assert refused.value.next_step.startswith("make build-image")
+
+
+@pytest.mark.parametrize("bench", [None, Bench()])
+def test_a_model_larger_than_the_memory_is_refused_where_there_are_no_gpus(
+    bench: Bench | None,
+) -> None:
+    path = REPOSITORY / "recipes" / "llmjp4-8b" / "midtrain.yaml"
+    _, recipe = read_recipe(path, None, ["steps=24", "schedule.decay_steps=5"])
+    laptop = replace(LAPTOP, memory_gib=95.0)
+    big = Request(task="llmjp4-8b", stage="midtrain", recipe=recipe, recipe_file=path, bench=bench,
+                  runs=Path("/runs"), machine=laptop, model=read_model("llmjp4-8b"))  # fmt: skip
+    with pytest.raises(RequestError) as refused:
+        refuse_processors(big)
+    # bf16 with 6 bytes of the optimizer and fp32 gradients: 12 of 8.59 B parameters.
+    assert refused.value.problem == (
+        "weights, gradients and optimizer alone are 96 GiB, and this machine has 95 and there are "
+        "no GPUs"
+    )
+    refuse_processors(replace(big, machine=replace(laptop, memory_gib=97.0)))
+    refuse_processors(replace(big, machine=replace(laptop, gpus=1)))
+
+
+@pytest.mark.parametrize(
+    ("layout", "gpus", "idle"),
+    [("{data: 1}", 8, 7), ("{data: 2, tensor: 2}", 8, 4), ("{data: 8}", 8, 0), ("{data: null}", 8, 0),
+     ("{data: 1}", 0, 0)],
+)  # fmt: skip
+def test_gpus_that_stay_idle_are_noted(layout: str, gpus: int, idle: int) -> None:
+    plan = midtrain(f"layout={layout}", "micro_batch=1", machine=Machine(gpus=gpus))
+    data = plan.batch.data_parallel
+    note = (
+        f"{idle} of {gpus} GPUs stay idle: the recipe says layout.data {data} "
+        '(SET="layout.data=null" takes all)'
+    )
+    assert plan.notes == ((note,) if idle else ())
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ def this_machine(*, in_image: bool = False) -> Machine:
         fast_bf16=_fast_bf16(),
         cores=len(os.sched_getaffinity(0)),
         gpu=_smallest_gpu() if gpus and usable else None,
+        memory_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
     )
 
 

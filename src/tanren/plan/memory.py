@@ -71,6 +71,14 @@ def training_memory(
     return max(first, last, key=lambda memory: memory.total)
 
 
+def states_gib(model: Model, recipe: Training, precision: str) -> float:
+    """What one whole copy of the weights, their gradients and the optimizer takes."""
+    lora = recipe.lora if isinstance(recipe, Tuning) else None
+    trained = model.layers * _adapters(model, lora) if lora is not None else model.parameters
+    width = 2 if precision == "bf16" else 4
+    return (model.parameters * width + trained * sum(_bytes(recipe, precision))) / GIB
+
+
 def _stage(
     model: Model, recipe: Training, precision: str, data_parallel: int, accumulation: int,
     *, first: bool,

@@ -41,6 +41,8 @@ class Machine:
     cores: int = 1
     # Of the smallest GPU; None where there is none or its size is not known.
     gpu: Gpu | None = None
+    # Of the machine itself; None where it is not known.
+    memory_gib: float | None = None
 
     @property
     def device(self) -> Literal["cuda", "cpu"]:

@@ -11,8 +11,8 @@ from tanren.config.training import Midtrain, Training, Tuning
 from tanren.plan.batch import data_parallel_size, stated_steps, tokens_per_step
 from tanren.plan.checks import check_layout, check_shape
 from tanren.plan.cost import check_memory
-from tanren.plan.memory import checkpoint_gib
-from tanren.plan.plan import Launch, Product, Request, own_image
+from tanren.plan.memory import checkpoint_gib, states_gib
+from tanren.plan.plan import Launch, Machine, Product, Request, own_image
 from tanren.plan.references import product_of, reference
 
 # A base that the recipe leaves to whoever starts the run, and how it is named.
@@ -107,6 +107,17 @@ def check_fit(request: Request, recipe: Training) -> int:
     return data_parallel_size(recipe.layout, request.machine.gpus, place)
 
 
+def idle_note(request: Request, data_parallel: int, recipe: Training) -> tuple[str, ...]:
+    """A note on GPUs that a stated layout leaves idle, and that are paid for."""
+    gpus, used = request.machine.gpus, data_parallel * recipe.layout.model_parallel
+    if used >= gpus:
+        return ()
+    return (
+        f"{gpus - used} of {gpus} GPUs stay idle: the recipe says layout.data {data_parallel} "
+        '(SET="layout.data=null" takes all)',
+    )
+
+
 def precision_of(request: Request, recipe: Training) -> Literal["bf16", "fp32"]:
     """The precision that `auto` means on this machine."""
     if recipe.precision != "auto":
@@ -155,32 +166,54 @@ def room_of(
 
 
 def refuse_processors(request: Request) -> None:
-    """Refuse to train on CPUs what would take them months, before anything is made for it.
+    """Refuse to train on CPUs what would take them months, or more memory than the machine has,
+    before anything is made for it.
 
     Raises:
         RequestError: with how to have GPUs, or less to do.
     """
     recipe, model, machine = request.recipe, request.model, request.machine
-    if not isinstance(recipe, Midtrain) or model is None or machine.gpus or request.bench:
+    if not isinstance(recipe, Training) or model is None or machine.gpus:
         return
+    place = str(request.recipe_file)
+    if isinstance(recipe, Midtrain) and not request.bench:
+        _refuse_months(recipe, model, machine, place)
+    needed = states_gib(model, recipe, precision_of(request, recipe))
+    if machine.memory_gib is not None and needed > machine.memory_gib:
+        raise RequestError(
+            place,
+            f"weights, gradients and optimizer alone are {needed:.0f} GiB, and this machine has "
+            f"{machine.memory_gib:.0f} and {_no_gpus(machine)}",
+            _to_have_gpus(machine),
+        )
+
+
+def _refuse_months(recipe: Midtrain, model: Model, machine: Machine, place: str) -> None:
     steps = stated_steps(recipe) or 0
     work = model.flops_per_token(recipe.sequence_length) * tokens_per_step(recipe) * steps
     days = work / (CPU_TFLOPS * 1e12 * machine.nodes) / 86_400
     if days <= MOST_CPU_DAYS:
         return
-    has = (
-        f"its {machine.idle_gpus} GPUs need Transformer Engine, which this Python lacks"
-        if machine.idle_gpus
-        else "there are no GPUs"
-    )
     raise RequestError(
-        str(request.recipe_file),
+        place,
         f"{work:.2g} FLOP are {days:,.0f} days on CPUs, were they to reach {CPU_TFLOPS:g} TFLOP/s "
-        f"a node, and {has}",
-        "make build-image brings it in an image"
-        if machine.idle_gpus
-        else "SITE=... (recipes/sites) for a cluster's GPUs, with a TYPE= that has some; on CPUs a "
-        "small model (TASK=tiny)",
+        f"a node, and {_no_gpus(machine)}",
+        _to_have_gpus(machine),
+    )
+
+
+def _no_gpus(machine: Machine) -> str:
+    if machine.idle_gpus:
+        return f"its {machine.idle_gpus} GPUs need Transformer Engine, which this Python lacks"
+    return "there are no GPUs"
+
+
+def _to_have_gpus(machine: Machine) -> str:
+    if machine.idle_gpus:
+        return "make build-image brings it in an image"
+    return (
+        "SITE=... (recipes/sites) for a cluster's GPUs, with a TYPE= that has some; on CPUs a "
+        "small model (TASK=tiny)"
     )
 
 
