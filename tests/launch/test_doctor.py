@@ -140,6 +140,24 @@ def test_gpus_and_their_driver_against_the_image(
     assert found["Transformer Engine"].state == "warning"
 
 
+@pytest.mark.parametrize(
+    ("there", "state", "found"),
+    [
+        ((), "warning", "flash-attn-4 and quack-kernels missing in .venv: slower on Hopper GPUs"),
+        (("flash_attn",), "warning", "quack-kernels missing in .venv: slower on Hopper GPUs"),
+        (("flash_attn", "quack"), "ok", "flash-attn-4 and quack-kernels in .venv"),
+    ],
+)
+def test_a_venv_on_gpus_may_lack_what_makes_it_fast(
+    there: tuple[str, ...], state: str, found: str
+) -> None:
+    modules = {"torch", "transformer_engine", *there}
+    one = look(gpus=lambda: 8, module=modules.__contains__)["fast kernels"]
+    assert (one.state, one.found) == (state, found)
+    install = '.venv/bin/pip install "flash-attn-4[cu13]==4.0.0b36" "quack-kernels==0.6.5"'
+    assert one.next_step == ("" if state == "ok" else install)
+
+
 def test_the_cuda_of_a_base_changes_no_image(tmp_path: Path) -> None:
     """It only says what the base has: an image that is built stays the checkout's."""
     import shutil
