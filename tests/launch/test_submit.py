@@ -88,7 +88,11 @@ def test_other_settings_on_a_finished_run_are_refused(task: Path) -> None:
     with pytest.raises(RequestError) as refused:
         submit.look(make_plan(reading.read_request(order)))
     assert "was made with other settings: append_eod True there, False here" in str(refused.value)
-    assert "give the new run a name" in refused.value.next_step
+    assert refused.value.next_step == (
+        "give the new run a name (NAME=... or --name; what reads it wants --set "
+        "data=stage:preprocess-NAME, convert --set tokenizer=), or rm -r "
+        f"{reading.read_request(order).folder.root}"
+    )
 
 
 def test_a_changed_file_is_another_setting(task: Path) -> None:

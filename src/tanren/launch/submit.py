@@ -75,7 +75,7 @@ def look(plan: Plan) -> Start:
                     folder.root,
                     f"{'was made' if done else 'was begun'} with other settings: "
                     f"{'; '.join(changed[:6])}",
-                    _next_to_other_settings(folder, done=done, new_data=new_data),
+                    _next_to_other_settings(plan, done=done, new_data=new_data),
                 )
             there = runs.latest_checkpoint(folder) or 0
             if plan.data_start != there:
@@ -87,9 +87,12 @@ def look(plan: Plan) -> Start:
     return Start(plan, False, runs.latest_checkpoint(folder))
 
 
-def _next_to_other_settings(folder: RunFolder, *, done: bool, new_data: bool) -> str:
+def _next_to_other_settings(plan: Plan, *, done: bool, new_data: bool) -> str:
     """What to do about a run that was started with other settings."""
-    name = "give the new run a name (NAME=... or --name)"
+    folder, reads = plan.folder, ""
+    if plan.stage == "preprocess":
+        reads = "; what reads it wants --set data=stage:preprocess-NAME, convert --set tokenizer="
+    name = f"give the new run a name (NAME=... or --name{reads})"
     if runs.is_locked(folder.lock):
         return f"it is at work now: wait for it, or {name}"
     steps = ["--set resume=new-data goes on with the new data from here"] if new_data else []
