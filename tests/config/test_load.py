@@ -154,12 +154,12 @@ def test_every_recipe_of_the_repository_is_read() -> None:
         (
             "steps: 320",
             "steps: 320\ntokens: 9",
-            "midtrain.yaml:2: state only one of steps, tokens",
+            "midtrain.yaml: state only one of steps, tokens",
         ),
         (
             "beta2: 0.99",
             "min_lr: 1.0",
-            "midtrain.yaml:2: optimizer.min_lr 1.0 is over lr 0.003",
+            "midtrain.yaml: optimizer.min_lr 1.0 is over lr 0.003",
         ),
     ],
 )  # fmt: skip
@@ -256,7 +256,7 @@ def test_several_mistakes_are_one_message(folder: Folder) -> None:
         (
             "topics\n",
             "topics\n  - name: reference\n    path: a.jsonl\n",
-            "preprocess.yaml:1: two sources are named reference.",
+            "preprocess.yaml: two sources are named reference.",
         ),
     ],
 )

@@ -47,7 +47,11 @@ class Document:
     places: dict[Location, str]
 
     def place(self, location: Location) -> str:
-        """`file:line: field` of the nearest field that the file really has."""
+        """`file:line: field` of the nearest field that the file really has; the file alone of what
+        several fields say together, which has no line.
+        """
+        if not location:
+            return str(self.path)
         for length in range(len(location), -1, -1):
             if location[:length] in self.places:
                 where = self.places[location[:length]]
