@@ -161,6 +161,12 @@ def test_every_recipe_of_the_repository_is_read() -> None:
             "min_lr: 1.0",
             "midtrain.yaml: optimizer.min_lr 1.0 is over lr 0.003",
         ),
+        (
+            "init: stage:convert",
+            "init: /bases/8b",
+            "midtrain.yaml:4: init: '/bases/8b' is not of the form hf:FOLDER, hf:OWNER/NAME, "
+            "checkpoint:FOLDER/iter_0000500, stage:NAME, scratch or given",
+        ),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_file(folder: Folder, old: str, new: str, message: str) -> None:

@@ -135,9 +135,14 @@ def test_a_model_larger_than_the_memory_is_refused_where_there_are_no_gpus(
 
 @pytest.mark.parametrize(
     ("layout", "gpus", "idle"),
-    [("{data: 1}", 8, 7), ("{data: 2, tensor: 2}", 8, 4), ("{data: 8}", 8, 0), ("{data: null}", 8, 0),
-     ("{data: 1}", 0, 0)],
-)  # fmt: skip
+    [
+        ("{data: 1}", 8, 7),
+        ("{data: 2, tensor: 2}", 8, 4),
+        ("{data: 8}", 8, 0),
+        ("{data: null}", 8, 0),
+        ("{data: 1}", 0, 0),
+    ],
+)
 def test_gpus_that_stay_idle_are_noted(layout: str, gpus: int, idle: int) -> None:
     plan = midtrain(f"layout={layout}", "micro_batch=1", machine=Machine(gpus=gpus))
     data = plan.batch.data_parallel

@@ -37,6 +37,7 @@ def run_stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
     Returns:
         the scheduler's jobs of the stage; none where it ran here or is done.
     """
+    from tanren import runs
     from tanren.launch import changes, clusters, fetching, orders, parts, reading, submit
     from tanren.plan.make import make_plan
     from tanren.report import terminal
@@ -82,7 +83,7 @@ def run_stage(order: Order, needs: bool, screen: Console) -> tuple[str, ...]:
             "them, and this Python has none; running on the CPU",
             highlight=False,
         )
-    if start.iteration:
+    if start.iteration and not runs.is_locked(planned.folder.lock):
         screen.print(f"{planned.stage} goes on from iteration {start.iteration}")
     watch, close = terminal.watching(planned, screen)
     try:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tanren.config.fields import Strict
+from tanren.config.fields import FORMS, Strict
 
 if TYPE_CHECKING:
     from tanren.config.load import Document
@@ -79,6 +79,9 @@ def _explain(document: Document, model: type[Strict], item: Any) -> tuple[str, s
     if kind == "value_error":
         return document.place(location), message.removeprefix("Value error, ")
     value = value_at(document.values, location)
+    if kind == "string_pattern_mismatch" and item["ctx"]["pattern"] in FORMS:
+        form = FORMS[item["ctx"]["pattern"]]
+        return document.place(location), f"{value!r} is not of the form {form}"
     hint = f". {FLOAT_HINT}" if _looks_like_float(value) else ""
     return document.place(location), f"{value!r}: {message[0].lower()}{message[1:]}{hint}"
 

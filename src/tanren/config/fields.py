@@ -44,11 +44,13 @@ def one_or_many(value: Any) -> Any:
 StageReference = Annotated[
     str, BeforeValidator(one_key_mapping), Field(pattern=r"^stage:[A-Za-z0-9._-]+$")
 ]
-Base = Annotated[
-    str,
-    BeforeValidator(one_key_mapping),
-    Field(pattern=r"^(scratch|given|(hf|checkpoint):\S.*|stage:[A-Za-z0-9._-]+)$"),
-]
+BASE_PATTERN = r"^(scratch|given|(hf|checkpoint):\S.*|stage:[A-Za-z0-9._-]+)$"
+# What a pattern means, for errors.
+FORMS = {
+    BASE_PATTERN: "hf:FOLDER, hf:OWNER/NAME, checkpoint:FOLDER/iter_0000500, stage:NAME, scratch "
+    "or given",
+}
+Base = Annotated[str, BeforeValidator(one_key_mapping), Field(pattern=BASE_PATTERN)]
 # A repository of the Hugging Face hub at a revision (a commit, a tag or a branch; main without).
 HUB_REFERENCE = (
     r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9][A-Za-z0-9._/-]*)?$"
