@@ -114,6 +114,8 @@ def main() -> None:
         show = getattr(error, "show", None)
         if code is not None and show is not None:
             show()
+            if "argument 'RUN" in getattr(error, "format_message", str)():
+                print("  next: make status lists the runs; RUN=tiny/midtrain", file=sys.stderr)
             sys.exit(2)
         from tanren.report.terminal import print_error
 

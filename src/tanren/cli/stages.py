@@ -42,9 +42,12 @@ def add_stage(group: typer.Typer, verb_name: str, stage: str, does: str) -> None
     ) -> None:  # fmt: skip
         from tanren.config.errors import RequestError
 
-        if recipe.name.split(".")[0] != stage and recipe.exists():
+        if recipe.name.split(".")[0] != stage:
+            from tanren.config.load import read_yaml
             from tanren.config.schema import STAGES
 
+            if not recipe.exists():
+                read_yaml(recipe)  # which says so, and what there is
             named = recipe.name.split(".")[0]
             raise RequestError(
                 recipe, f"is not a {stage} recipe",
