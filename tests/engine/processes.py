@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
-
-import torch
 
 from tests.conftest import REPOSITORY
 
@@ -21,15 +18,6 @@ def check(name: str, *words: str, **environment: str) -> str:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def on_hopper_with(package: str, version: str) -> bool:
-    """Whether this is a GPU whose runs are to take a package, by what its module knows not of."""
-    try:
-        there = metadata.version(package) == version
-    except metadata.PackageNotFoundError:
-        return False
-    return there and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
 def start(module: str, root: Path, ranks: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +16,8 @@ from tanren.engine import flash4
 from tanren.engine.packed import sequence_params
 from tanren.images.definition import IMAGES, read_versions
 from tests.conftest import REPOSITORY
-from tests.engine.processes import check, on_hopper_with
+from tests.engine.hopper import on_hopper_with, pretend
+from tests.engine.processes import check
 
 Patch = pytest.MonkeyPatch
 
@@ -26,18 +26,8 @@ def installed(
     monkeypatch: Patch, version: str | None, capability: tuple[int, int] = (9, 0)
 ) -> None:
     """A GPU with that package, or without."""
-
-    def found(name: str) -> str:
-        assert name == "flash-attn-4"
-        if version is None:
-            raise metadata.PackageNotFoundError(name)
-        return version
-
-    monkeypatch.setattr(metadata, "version", found)
+    pretend(monkeypatch, "flash-attn-4", version, capability)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
 
 
 EIGHT = read_model("llmjp4-8b")

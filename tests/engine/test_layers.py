@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tanren.engine import products
-from tests.engine.processes import check, on_hopper_with
+from tests.engine.hopper import on_hopper_with
+from tests.engine.processes import check
 
 has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
 

@@ -6,7 +6,6 @@ The package's functions are stand-ins of torch here, by what it says of them; on
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import Any
 
 import pytest
@@ -19,7 +18,8 @@ from tanren.engine import linear, products
 from tanren.engine.main_grad import add_product
 from tanren.images.definition import IMAGES, read_versions
 from tests.conftest import REPOSITORY
-from tests.engine.processes import check, on_hopper_with
+from tests.engine.hopper import on_hopper_with, pretend
+from tests.engine.processes import check
 
 Patch = pytest.MonkeyPatch
 EIGHT = read_model("llmjp4-8b")
@@ -30,17 +30,7 @@ def installed(
     monkeypatch: Patch, version: str | None, capability: tuple[int, int] = (9, 0)
 ) -> None:
     """A GPU with that package, or without."""
-
-    def found(name: str) -> str:
-        assert name == "quack-kernels"
-        if version is None:
-            raise metadata.PackageNotFoundError(name)
-        return version
-
-    monkeypatch.setattr(metadata, "version", found)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    pretend(monkeypatch, "quack-kernels", version, capability)
     monkeypatch.setattr(products, "_quack", StandIn)
 
 
@@ -199,7 +189,7 @@ def test_halves_are_put_together_in_the_weights_order(
         assert weight.grad_added_to_main_grad
         torch.testing.assert_close(weight.main_grad, (some + gradient).to(main_grad))
     # Halves are put together by the package alone.
-    assert quack.called == 3 if fills else 2
+    assert quack.called == (3 if fills else 2)
 
 
 @pytest.mark.parametrize("fills", [True, False])
@@ -209,8 +199,8 @@ def test_a_linear_layer_goes_back_by_the_products_that_are_faster(
     monkeypatch.setattr(products, "_fills", lambda *_: fills)
     torch.manual_seed(1)
     x, weight = double(7, 2, 5), double(3, 5)
-    weight.main_grad = before = torch.randn_like(weight)
-    before = before.clone()
+    before = torch.randn_like(weight)
+    weight.main_grad = before.clone()
     upstream = torch.randn(7, 2, 3, dtype=torch.float64)
     of_x, of_weight = torch.autograd.grad(x @ weight.t(), (x, weight), upstream)
     found = linear.linear(x, weight)

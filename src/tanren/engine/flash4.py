@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 from functools import cache
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -20,10 +19,9 @@ from torch.autograd.function import once_differentiable
 
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
+from tanren.engine import hopper
 
 PACKAGE, VERSION = "flash-attn-4", "4.0.0b36"
-# Hopper; others have other kernels, which were not tried.
-CAPABILITY = (9, 0)
 # Widths of a head that it was tried with.
 HEADS = (64, 128)
 # Packed micro batches of more segments take other kernels. So do those that say that no segment is
@@ -51,16 +49,12 @@ def wanted(attention: str, precision: str, shape: Model, context: int) -> bool:
 
 def _obstacle(precision: str, shape: Model, context: int) -> str | None:
     """Why it cannot be taken; None where it can."""
-    try:
-        found = metadata.version(PACKAGE)
-    except metadata.PackageNotFoundError:
-        return f"{PACKAGE} is not installed (this was tried with {VERSION})"
-    if found != VERSION:
-        return f"{PACKAGE} {found} is installed, and {VERSION} was tried"
+    if why := hopper.why_not_installed(PACKAGE, VERSION):
+        return why
     if not _importable():
         return f"{PACKAGE} is installed, but another flash_attn hides it"
-    if torch.cuda.get_device_capability() != CAPABILITY:
-        return f"it was tried on Hopper, and this is {torch.cuda.get_device_name()}"
+    if why := hopper.why_not_here():
+        return why
     if shape.head_width not in HEADS:
         return f"it was tried with heads of {HEADS}, not of {shape.head_width}"
     if shape.kv_groups == shape.attention_heads:

@@ -18,8 +18,8 @@ from tanren.config.model import Model, RopeScaling
 from tanren.config.training import Layout, Lora
 from tanren.engine.embedding import Embedding
 from tanren.engine.flash4 import PACKAGE as FLASH4
-from tanren.engine.head import Head
 from tanren.engine.main_grad import add_product, fuse_without_apex
+from tanren.engine.output_layer import Head
 from tanren.engine.packed import block_mask, sequence_params
 from tanren.engine.products import PACKAGE as QUACK
 from tanren.engine.products import add_weight_gradient

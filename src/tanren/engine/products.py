@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,13 +20,12 @@ import torch
 
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
+from tanren.engine import hopper
 from tanren.engine.main_grad import add_product
 
 logger = logging.getLogger("tanren")
 
 PACKAGE, VERSION = "quack-kernels", "0.6.5"
-# Hopper; others have other kernels, which were not tried.
-CAPABILITY = (9, 0)
 # Widths that it was tried with are multiples of it.
 WIDTH = 64
 # Tiles of a weight's gradient. Where the last wave of them leaves more of the GPU idle than a tenth
@@ -61,14 +59,8 @@ def wanted(
 
 def _obstacle(precision: str, fp8: str, shape: Model, tensor: int, *, lora: bool) -> str | None:
     """Why it cannot be taken; None where it can."""
-    try:
-        found = metadata.version(PACKAGE)
-    except metadata.PackageNotFoundError:
-        return f"{PACKAGE} is not installed (this was tried with {VERSION})"
-    if found != VERSION:
-        return f"{PACKAGE} {found} is installed, and {VERSION} was tried"
-    if torch.cuda.get_device_capability() != CAPABILITY:
-        return f"it was tried on Hopper, and this is {torch.cuda.get_device_name()}"
+    if why := hopper.why_not_installed(PACKAGE, VERSION) or hopper.why_not_here():
+        return why
     if precision != "bf16":
         return f"it computes in bf16, and the run is in {precision}"
     if fp8 != "none":
@@ -100,7 +92,7 @@ def _quack() -> Any:
     m, n = _TILE
     tiles = GemmConfig(
         tile_m=m, tile_n=n, pingpong=True, cluster_m=2, cluster_n=1, is_dynamic_persistent=False,
-        device_capacity=CAPABILITY[0],
+        device_capacity=hopper.CAPABILITY[0],
     )  # fmt: skip
     return SimpleNamespace(gemm=gemm, gemm_act=gemm_act, gemm_dact=gemm_dact, tiles=tiles)
 
