@@ -140,8 +140,8 @@ def check(
     main: str = "fp32",
 ) -> None:  # fmt: skip
     """The same losses to the last bit, gradients to bf16's roundings; all is told that can be."""
-    setting: Any = {"fp8": fp8, "recompute": recompute, "lora": lora, "quack": quack,
-        "main": main,
+    setting: Any = {
+        "fp8": fp8, "recompute": recompute, "lora": lora, "quack": quack, "main": main,
     }  # fmt: skip
     losses, gradients, watch = trained(**setting, joined=True)
     plain_losses, plain, apart = trained(**setting, joined=False)

@@ -26,8 +26,14 @@ def _go_back(
         of_x = of_x.view_as(x)
     if not ctx.needs_input_grad[1]:
         return of_x, None
-    products.add_weight_gradient(ctx.weight.main_grad, rows, x.flatten(0, -2), gated=gated)
-    return of_x, already_in_main_grad(ctx.weight)
+    return of_x, _of_weight(ctx, rows, x.flatten(0, -2), gated=gated)
+
+
+def _of_weight(
+    ctx: Any, rows: torch.Tensor, x: torch.Tensor, *, gated: bool = False
+) -> torch.Tensor:
+    products.add_weight_gradient(ctx.weight.main_grad, rows, x, gated=gated)
+    return already_in_main_grad(ctx.weight)
 
 
 class _Linear(torch.autograd.Function):
@@ -86,10 +92,7 @@ class _Down(torch.autograd.Function):
         gate_up, weight = ctx.saved_tensors
         rows = gradient.flatten(0, -2).contiguous()
         found, swiglu = products.swiglu_gradient(rows, weight, gate_up.flatten(0, -2))
-        of_weight = None
-        if ctx.needs_input_grad[2]:
-            products.add_weight_gradient(ctx.weight.main_grad, rows, swiglu)
-            of_weight = already_in_main_grad(ctx.weight)
+        of_weight = _of_weight(ctx, rows, swiglu) if ctx.needs_input_grad[2] else None
         return found.view_as(gate_up), None, of_weight
 
 

@@ -219,13 +219,14 @@ def _engine(outside: Outside, *, on_cluster: bool) -> Iterator[Finding]:
     te = native and outside.module("transformer_engine")
     if te or usable:
         yield Finding("Transformer Engine", "ok", "in .venv" if te else f"in {image.name}.sif")
-        yield from _fast_kernels(outside) if te and not usable else ()
+        if not usable:
+            yield _fast_kernels(outside)
     else:
         yield Finding("Transformer Engine", "warning", f"missing: the {count} GPUs stay idle",
                       "make build-image IMAGE=train, or pip install it into .venv")  # fmt: skip
 
 
-def _fast_kernels(outside: Outside) -> Iterator[Finding]:
+def _fast_kernels(outside: Outside) -> Finding:
     """What a .venv may lack and the image has: without it a Hopper GPU trains, slower."""
     pins = read_versions(IMAGES["train"], repository()).pins
     packages = {"flash-attn-4": "flash_attn", "quack-kernels": "quack"}
@@ -235,10 +236,9 @@ def _fast_kernels(outside: Outside) -> Iterator[Finding]:
             f'"{name}{"[cu13]" if name == "flash-attn-4" else ""}=={pins[name]}"'
             for name in packages
         )
-        yield Finding("fast kernels", "warning", f"{' and '.join(missing)} missing in .venv: "
+        return Finding("fast kernels", "warning", f"{' and '.join(missing)} missing in .venv: "
                       "slower on Hopper GPUs", f".venv/bin/pip install {wanted}")  # fmt: skip
-    else:
-        yield Finding("fast kernels", "ok", f"{' and '.join(packages)} in .venv")
+    return Finding("fast kernels", "ok", f"{' and '.join(packages)} in .venv")
 
 
 def _gpus(outside: Outside, count: int) -> Finding:
