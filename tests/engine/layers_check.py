@@ -8,15 +8,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
+from tanren.engine import norm_kernels
 from tanren.engine.kernels import adam_step, split_and_rotate, swiglu
 from tanren.engine.norm_kernels import add_and_norm, norm
 
 # Groups of keys, queries of each, and the size of a head: of llm-jp-4-8b, and odd ones.
-HEADS = ((8, 4, 128), (1, 1, 64), (3, 2, 24))
+HEADS = ((8, 4, 128), (1, 1, 64), (3, 3, 24))
 # Rows of no power of two and of one.
 WIDTHS = (1100, 64)
 EPSILON = 1e-2
@@ -110,6 +112,29 @@ def check_norm(device: str, width: int, *, frozen: bool) -> None:
     assert float(largest[2]) == float(mine[1].grad.abs().max())
 
 
+def check_weight_of_norm(device: str, kind: torch.dtype) -> None:
+    """Its gradient joins what its main_grad has, summed by some times as many programs as it is
+    read from at a time, and a part of that.
+    """
+    torch.manual_seed(5)
+    stream, branch = (torch.randn(90, 2, 72, device=device) for _ in range(2))
+    weight: Any = torch.nn.Parameter(torch.randn(72, device=device))
+    weight.main_grad = torch.randn(72, device=device).to(kind)
+    theirs = weight.detach().double().requires_grad_()
+    before = weight.main_grad.double()
+    _, second = add_and_norm(stream, branch, weight, EPSILON)
+    found = [norm(stream, weight, EPSILON), second]
+    summed = stream.double() + branch.double()
+    expected = [true_norm(stream.double(), theirs), true_norm(summed, theirs)]
+    with mock.patch.object(norm_kernels, "_PROGRAMS", 40):
+        compare(found, expected, {"rtol": 1e-5, "atol": 1e-4, "check_dtype": False})
+    assert weight.grad_added_to_main_grad
+    all_of_it = before + theirs.grad
+    # It is rounded to main_grad's type twice, once behind each norm, by half of 2^-7 each time.
+    near = 1e-4 if kind == torch.float32 else 2**-7 * float(all_of_it.abs().max())
+    torch.testing.assert_close(weight.main_grad.double(), all_of_it, rtol=1e-5, atol=near)
+
+
 def true_norm(stream: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Zhang & Sennrich's equation 4."""
     return stream / (stream.square().mean(-1, keepdim=True) + EPSILON).sqrt() * weight
@@ -154,4 +179,6 @@ if __name__ == "__main__":
     for width in WIDTHS:
         for frozen in (False, True):
             check_norm(sys.argv[1], width, frozen=frozen)
-    print("checked", 5 + len(HEADS) + 2 * len(WIDTHS))
+    for kind in (torch.float32, torch.bfloat16):
+        check_weight_of_norm(sys.argv[1], kind)
+    print("checked", 7 + len(HEADS) + 2 * len(WIDTHS))

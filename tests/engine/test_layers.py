@@ -20,14 +20,14 @@ has_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.kernels
 @has_triton
 def test_the_kernels_compute_what_torch_does() -> None:
-    assert check("layers_check", "cpu", TRITON_INTERPRET="1") == "checked 12\n"
+    assert check("layers_check", "cpu", TRITON_INTERPRET="1") == "checked 14\n"
 
 
 @pytest.mark.kernels
 @has_triton
 @has_gpu
 def test_the_kernels_compute_it_on_a_gpu() -> None:
-    assert check("layers_check", "cuda") == "checked 12\n"
+    assert check("layers_check", "cuda") == "checked 14\n"
 
 
 @has_gpu

@@ -138,55 +138,57 @@ def swiglu(
 def _split_and_rotate(  # type: ignore[no-untyped-def]
     mixed, query, key, value, angles, samples,
     groups: tl.constexpr, queries: tl.constexpr, half: tl.constexpr,
-    heads: tl.constexpr, lanes: tl.constexpr, backward: tl.constexpr,
+    all_groups: tl.constexpr, all_queries: tl.constexpr, lanes: tl.constexpr,
+    backward: tl.constexpr,
 ):  # fmt: skip
-    """One token of one sample: all its heads. queries are those of a group; heads and lanes are
-    powers of two that hold all heads and half a head.
+    """One token of one sample: all its heads. queries are those of a group; all_groups, all_queries
+    and lanes are powers of two that hold the groups, these and half a head.
     """
     row = tl.program_id(0).to(tl.int64)
-    head = tl.arange(0, heads)
     lane = tl.arange(0, lanes)
-    slot, group = head % (queries + 2), head // (queries + 2)
-    real = (head < groups * (queries + 2))[:, None] & (lane < half)[None, :]
     # Angles are repeated in the second half of a head.
     angle = tl.load(angles + (row // samples) * 2 * half + lane, lane < half, other=0.0)
     cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
     if backward:
         # The inverse of a rotation turns back.
         sin = -sin
-    turns = (slot <= queries)[:, None]
-    is_query, is_key = (slot < queries)[:, None] & real, (slot == queries)[:, None] & real
-    is_value = (slot == queries + 1)[:, None] & real
-    in_mixed = row * groups * (queries + 2) * 2 * half + head[:, None] * 2 * half + lane[None, :]
-    in_query = (
-        row * groups * queries * 2 * half
-        + (group * queries + slot)[:, None] * 2 * half
-        + lane[None, :]
-    )
-    in_group = row * groups * 2 * half + group[:, None] * 2 * half + lane[None, :]
+    head: tl.constexpr = 2 * half
+    mixed += row * groups * (queries + 2) * head
+    query += row * groups * queries * head
+    key += row * groups * head
+    value += row * groups * head
+    slot = tl.arange(0, all_groups * all_queries) % all_queries
+    group = tl.arange(0, all_groups * all_queries) // all_queries
+    is_query = ((slot < queries) & (group < groups))[:, None] & (lane < half)[None, :]
+    in_query = (group * queries + slot)[:, None] * head + lane[None, :]
+    query_in_mixed = (group * (queries + 2) + slot)[:, None] * head + lane[None, :]
+    own = tl.arange(0, all_groups)
+    is_group = (own < groups)[:, None] & (lane < half)[None, :]
+    in_group = own[:, None] * head + lane[None, :]
+    key_in_mixed = (own * (queries + 2) + queries)[:, None] * head + lane[None, :]
+    value_in_mixed = key_in_mixed + head
     if backward:
-        first = tl.load(query + in_query, is_query, other=0.0).to(tl.float32)
-        second = tl.load(query + in_query + half, is_query, other=0.0).to(tl.float32)
-        first += tl.load(key + in_group, is_key, other=0.0).to(tl.float32)
-        second += tl.load(key + in_group + half, is_key, other=0.0).to(tl.float32)
-        first += tl.load(value + in_group, is_value, other=0.0).to(tl.float32)
-        second += tl.load(value + in_group + half, is_value, other=0.0).to(tl.float32)
+        from_query, from_key, from_value = query + in_query, key + in_group, value + in_group
+        to_query, to_key = mixed + query_in_mixed, mixed + key_in_mixed
+        to_value = mixed + value_in_mixed
     else:
-        first = tl.load(mixed + in_mixed, real, other=0.0).to(tl.float32)
-        second = tl.load(mixed + in_mixed + half, real, other=0.0).to(tl.float32)
+        from_query, from_key = mixed + query_in_mixed, mixed + key_in_mixed
+        from_value = mixed + value_in_mixed
+        to_query, to_key, to_value = query + in_query, key + in_group, value + in_group
+    # All is asked for before anything is waited for.
+    first = tl.load(from_query, is_query).to(tl.float32)
+    second = tl.load(from_query + half, is_query).to(tl.float32)
+    key_first = tl.load(from_key, is_group).to(tl.float32)
+    key_second = tl.load(from_key + half, is_group).to(tl.float32)
+    value_first = tl.load(from_value, is_group)
+    value_second = tl.load(from_value + half, is_group)
     dtype: tl.constexpr = mixed.dtype.element_ty
-    turned = tl.where(turns, first * cos - second * sin, first).to(dtype)
-    other = tl.where(turns, second * cos + first * sin, second).to(dtype)
-    if backward:
-        tl.store(mixed + in_mixed, turned, real)
-        tl.store(mixed + in_mixed + half, other, real)
-    else:
-        tl.store(query + in_query, turned, is_query)
-        tl.store(query + in_query + half, other, is_query)
-        tl.store(key + in_group, turned, is_key)
-        tl.store(key + in_group + half, other, is_key)
-        tl.store(value + in_group, turned, is_value)
-        tl.store(value + in_group + half, other, is_value)
+    tl.store(to_query, (first * cos - second * sin).to(dtype), is_query)
+    tl.store(to_query + half, (second * cos + first * sin).to(dtype), is_query)
+    tl.store(to_key, (key_first * cos - key_second * sin).to(dtype), is_group)
+    tl.store(to_key + half, (key_second * cos + key_first * sin).to(dtype), is_group)
+    tl.store(to_value, value_first, is_group)
+    tl.store(to_value + half, value_second, is_group)
 
 
 class _SplitAndRotate(torch.autograd.Function):
@@ -224,12 +226,14 @@ def _launch(
 ) -> None:  # fmt: skip
     tokens, samples, size = mixed.shape
     width = angles.size(-1)
-    heads = size // width
+    queries = size // width // groups - 2
     _split_and_rotate[(tokens * samples,)](
         mixed, *parts, angles, samples,
-        groups=groups, queries=heads // groups - 2, half=width // 2,
-        heads=triton.next_power_of_2(heads), lanes=triton.next_power_of_2(width // 2),
-        backward=backward,
+        groups=groups, queries=queries, half=width // 2,
+        all_groups=triton.next_power_of_2(groups), all_queries=triton.next_power_of_2(queries),
+        lanes=triton.next_power_of_2(width // 2), backward=backward,
+        # Some hundred elements a thread: what is under way at a time fills the memory's width.
+        num_warps=min(max(triton.next_power_of_2(size) // 4096, 1), 8),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from tanren.engine.kernels import Measured, Where, nowhere, store_largest
+from tanren.engine.main_grad import already_in_main_grad
 
 # Backward, so many programs for each multiprocessor share the rows; each sums the gradient of the
 # weight over its own.
@@ -46,6 +47,19 @@ def _rms_norm(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _read(  # type: ignore[no-untyped-def]
+    upstream, later, total, scales, row, rows, width, column, adds: tl.constexpr
+):
+    """What the gradient of one row is made of; noughts behind the last."""
+    inside = (column < width) & (row < rows)
+    at = row.to(tl.int64) * width + column
+    grad = tl.load(upstream + at, inside, other=0.0)
+    value = tl.load(total + at, inside, other=0.0)
+    more = tl.load(later + at, inside, other=0.0) if adds else grad
+    return grad, value, more, tl.load(scales + row, row < rows, other=0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _rms_norm_gradient(  # type: ignore[no-untyped-def]
     upstream, later, total, weight, scales, result, of_weight, largest, rows, width,
     block: tl.constexpr, adds: tl.constexpr, weighs: tl.constexpr, measures: tl.constexpr,
@@ -57,26 +71,52 @@ def _rms_norm_gradient(  # type: ignore[no-untyped-def]
     factor = tl.load(weight + column, inside, other=0.0).to(tl.float32)
     sums = tl.zeros([block], tl.float32)
     most = tl.zeros([block], tl.float32)
+    grad, value, more, scale = _read(
+        upstream, later, total, scales, row, rows, width, column, adds
+    )  # fmt: skip
     while row < rows:
-        at = row.to(tl.int64) * width + column
-        grad = tl.load(upstream + at, inside, other=0.0).to(tl.float32)
-        scale = tl.load(scales + row)
-        unit = tl.load(total + at, inside, other=0.0).to(tl.float32) * scale
+        # The next row is on its way while this one is computed.
+        after = row + tl.num_programs(0)
+        next_grad, next_value, next_more, next_scale = _read(
+            upstream, later, total, scales, after, rows, width, column, adds
+        )
+        unit = value.to(tl.float32) * scale
+        weighed = grad.to(tl.float32)
         if weighs:
-            sums += grad * unit
-        grad *= factor
-        value = (grad - unit * (tl.sum(grad * unit, 0) / width)) * scale
+            sums += weighed * unit
+        weighed *= factor
+        found = (weighed - unit * (tl.sum(weighed * unit, 0) / width)) * scale
         if adds:
-            value += tl.load(later + at, inside, other=0.0).to(tl.float32)
-        rounded = value.to(result.dtype.element_ty)
-        tl.store(result + at, rounded, inside)
+            found += more.to(tl.float32)
+        rounded = found.to(result.dtype.element_ty)
+        tl.store(result + row.to(tl.int64) * width + column, rounded, inside)
         if measures:
             most = tl.maximum(most, tl.abs(rounded.to(tl.float32)))
-        row += tl.num_programs(0)
+        row, grad, value, more, scale = after, next_grad, next_value, next_more, next_scale
     if weighs:
         tl.store(of_weight + tl.program_id(0) * width + column, sums, inside)
     if measures:
         store_largest(largest, tl.max(most, 0))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rms_norm_weight_gradient(  # type: ignore[no-untyped-def]
+    each, total, programs, width, columns: tl.constexpr, at_once: tl.constexpr
+):
+    """total += what each program of the kernel above summed."""
+    column = tl.program_id(0) * columns + tl.arange(0, columns)
+    line = tl.arange(0, at_once)
+    inside = column < width
+    sums = tl.zeros([at_once, columns], tl.float32)
+    first = 0
+    while first < programs:
+        row = (first + line)[:, None]
+        sums += tl.load(
+            each + row * width + column[None, :], (row < programs) & inside[None, :], other=0.0
+        )
+        first += at_once
+    before = tl.load(total + column, inside, other=0.0).to(tl.float32)
+    tl.store(total + column, (before + tl.sum(sums, 0)).to(total.dtype.element_ty), inside)
 
 
 def _layout(width: int) -> dict[str, int]:
@@ -106,11 +146,10 @@ def _forwards(
 
 
 def _backwards(
-    upstream: torch.Tensor, later: torch.Tensor | None, saved: tuple[torch.Tensor, ...],
-    of_total: Where, *, weighs: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    ctx: Any, upstream: torch.Tensor, later: torch.Tensor | None, of_total: Where, *, weighs: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The gradients of the sum and of the weight."""
-    total, weight, scales = saved
+    total, weight, scales = ctx.saved_tensors
     width, rows = total.size(-1), scales.numel()
     programs = min(rows, _PROGRAMS * _multiprocessors(total.device))
     result = torch.empty_like(total)
@@ -122,7 +161,25 @@ def _backwards(
         **_layout(width), **measured.options(),
     )  # fmt: skip
     measured.finish()
-    return result, None if each is None else each.sum(0).to(weight.dtype)
+    return result, None if each is None else _of_weight(ctx.weight, each)
+
+
+def _of_weight(weight: Any, each: torch.Tensor) -> torch.Tensor:
+    """What to return as a weight's gradient, which joins its main_grad where it has one.
+
+    Args:
+        each: [programs, width], what each of them summed.
+    """
+    total = getattr(weight, "main_grad", None)
+    if total is None:
+        return each.sum(0).to(weight.dtype)
+    programs, width = each.shape
+    # Small tiles, since there is a program for each multiprocessor and more.
+    columns = 16
+    _rms_norm_weight_gradient[(triton.cdiv(width, columns),)](
+        each, total, programs, width, columns=columns, at_once=32
+    )
+    return already_in_main_grad(weight)
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -139,13 +196,15 @@ class _Norm(torch.autograd.Function):
     ) -> torch.Tensor:
         _, normed, scales = _forwards(stream, None, weight, epsilon, of_normed)
         ctx.save_for_backward(stream, weight, scales)
+        # The weight itself: what is saved may come back as another object, without main_grad.
+        ctx.weight = weight
         return normed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weighs = ctx.needs_input_grad[1]
-        result, of_weight = _backwards(upstream, None, ctx.saved_tensors, nowhere, weighs=weighs)
+        result, of_weight = _backwards(ctx, upstream, None, nowhere, weighs=weighs)
         return result, of_weight, None, None
 
 
@@ -157,6 +216,7 @@ class _AddAndNorm(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         total, normed, scales = _forwards(stream, branch, weight, epsilon, of_normed)
         ctx.save_for_backward(total, weight, scales)
+        ctx.weight = weight
         ctx.of_gradient = of_gradient
         return total, normed
 
@@ -166,9 +226,7 @@ class _AddAndNorm(torch.autograd.Function):
         ctx: Any, later: torch.Tensor, upstream: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         weighs = ctx.needs_input_grad[2]
-        result, of_weight = _backwards(
-            upstream, later, ctx.saved_tensors, ctx.of_gradient, weighs=weighs
-        )
+        result, of_weight = _backwards(ctx, upstream, later, ctx.of_gradient, weighs=weighs)
         # The sum's gradient is that of both its parts.
         return result, result, of_weight, None, None, None
 
