@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -36,6 +37,8 @@ MEASURED = [
     ("dpo", 2, ["micro_batch=1"], 109.86),
     ("midtrain", 1, ["micro_batch=1", "linear=quack"], 111.32),
     ("midtrain", 2, ["micro_batch=2", "linear=quack"], 100.96),
+    ("midtrain", 1, ["micro_batch=2", "linear=quack"], 124.85),
+    ("sft", 1, ["micro_batch=2", "linear=quack"], 124.7),
 ]
 
 
@@ -182,6 +185,33 @@ def test_the_plan_takes_the_largest_micro_batch_that_fits_with_fp32_gradients() 
     assert chosen(2) == chosen(4) == chosen(64) == (2, "fp32")
     assert chosen(4, "micro_batch=1") == (1, "fp32")
     assert chosen(4, "main_gradients=bf16") == (2, "bf16")
+
+
+def test_what_quack_keeps_is_counted_where_a_run_will_take_it() -> None:
+    there, a100 = replace(H200, quack=True), Gpu("NVIDIA A100", H200.memory_gib, quack=True)
+    assert chosen(1, gpu=there) == (2, "fp32")
+    assert chosen(1, "linear=te", gpu=there) == (1, "fp32")
+    assert chosen(1, "fp8=tensorwise", gpu=there) == chosen(1, "fp8=tensorwise")
+    assert chosen(1, gpu=a100) == (1, "fp32")
+    # The recipe still leaves it to the run, and its figure is that of what was counted.
+    wanted = recipe("micro_batch=2", "optimizer.moments=bf16", "main_gradients=fp32")
+    found = fitted(EIGHT, wanted, 1, (512,), "bf16", there)
+    assert found.linear == "auto"
+    needed = check_memory(EIGHT, found, 1, 4, "bf16", there, "here")
+    assert needed == check_memory(
+        EIGHT, wanted.model_copy(update={"linear": "quack"}), 1, 4, "bf16", H200, "here"
+    )
+    assert needed.total < check_memory(EIGHT, found, 1, 4, "bf16", H200, "here").total - 6
+
+
+def test_adapters_are_counted_without_quack() -> None:
+    path = REPOSITORY / "recipes" / "llmjp4-8b" / "sft.yaml"
+    _, value = read_recipe(path, None, ["lora.rank=32", "micro_batch=2", "main_gradients=fp32"])
+    assert isinstance(value, Training)
+    there = replace(H200, quack=True)
+    assert check_memory(EIGHT, value, 1, 4, "bf16", there, "here") == check_memory(
+        EIGHT, value, 1, 4, "bf16", H200, "here"
+    )
 
 
 def test_gradients_in_bf16_come_before_nothing() -> None:

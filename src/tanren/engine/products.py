@@ -22,12 +22,11 @@ from tanren.config.errors import RequestError
 from tanren.config.model import Model
 from tanren.engine import hopper
 from tanren.engine.main_grad import add_product
+from tanren.plan.kernels import quack_obstacle
 
 logger = logging.getLogger("tanren")
 
 PACKAGE, VERSION = "quack-kernels", "0.6.5"
-# Widths that it was tried with are multiples of it.
-WIDTH = 64
 # Tiles of a weight's gradient. Where the last wave of them leaves more of the GPU idle than a tenth
 # of the work, cuBLAS's are faster.
 _TILE, _FILLED = (128, 192), 0.9
@@ -61,16 +60,8 @@ def _obstacle(precision: str, fp8: str, shape: Model, tensor: int, *, lora: bool
     """Why it cannot be taken; None where it can."""
     if why := hopper.why_not_installed(PACKAGE, VERSION) or hopper.why_not_here():
         return why
-    if precision != "bf16":
-        return f"it computes in bf16, and the run is in {precision}"
-    if fp8 != "none":
-        return f"it computes in bf16, and the run in FP8 ({fp8})"
-    if tensor > 1:
-        return "with tensor parallelism Transformer Engine's layers are taken"
-    if lora:
-        return "adapters stand beside Transformer Engine's layers"
-    if any(size % WIDTH for size in (shape.hidden_size, shape.ffn_hidden_size, shape.head_width)):
-        return f"it was tried with widths that are multiples of {WIDTH}"
+    if why := quack_obstacle(precision, fp8, shape, tensor, lora=lora):
+        return why
     try:
         _quack()
     except ImportError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,8 @@ def this_machine(*, in_image: bool = False) -> Machine:
     """GPUs that a process here may use, cores, and whether the CPU multiplies bf16 matrices.
 
     Args:
-        in_image: stages run in an image, which has Transformer Engine where there are GPUs.
+        in_image: stages run in an image, which has Transformer Engine and quack-kernels where there
+            are GPUs.
     """
     gpus = visible_gpus()
     usable = in_image or find_spec("transformer_engine") is not None
@@ -25,9 +27,15 @@ def this_machine(*, in_image: bool = False) -> Machine:
         idle_gpus=0 if usable else gpus,
         fast_bf16=_fast_bf16(),
         cores=len(os.sched_getaffinity(0)),
-        gpu=_smallest_gpu() if gpus and usable else None,
+        gpu=_gpu(in_image) if gpus and usable else None,
         memory_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
     )
+
+
+def _gpu(in_image: bool) -> Gpu | None:
+    found = _smallest_gpu()
+    quack = in_image or find_spec("quack") is not None
+    return None if found is None else replace(found, quack=quack)
 
 
 def _of_gpus(fields: str) -> list[str]:

@@ -95,7 +95,8 @@ def machine_of(place: Place) -> Machine:
         gpus=place.gpus,
         nodes=place.nodes,
         cores=place.type.cores,
-        gpu=Gpu(gpu.name, gpu.memory_gib) if gpu and place.gpus else None,
+        # Stages run in an image there; with RUNTIME=native the job plans by what it finds.
+        gpu=Gpu(gpu.name, gpu.memory_gib, quack=True) if gpu and place.gpus else None,
     )
 
 

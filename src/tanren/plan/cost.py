@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
 from tanren.config.training import Measured, Training, Tuning
+from tanren.plan.kernels import HOPPER, quack_obstacle
 from tanren.plan.memory import RESERVED_GIB, Memory, training_memory
 
 # Peak of dense bf16 matrix products in TFLOP/s (NVIDIA's data sheets), by the name's beginning.
@@ -23,6 +24,8 @@ class Gpu:
 
     name: str
     memory_gib: float
+    # quack-kernels is installed where the stage runs.
+    quack: bool = False
 
 
 def peak_tflops(gpu: str, fp8: str = "none") -> float | None:
@@ -98,7 +101,8 @@ def fitted(
             chosen = recipe.model_copy(update={"micro_batch": row, "main_gradients": gradient})
             if gpu is None:
                 return chosen
-            needed = _memory(model, chosen, recipe.layout.pipeline, precision, data_parallel)
+            counted = _as_it_runs(model, chosen, precision, gpu)
+            needed = _memory(model, counted, recipe.layout.pipeline, precision, data_parallel)
             if needed.total <= CHOSEN_SHARE * (gpu.memory_gib - RESERVED_GIB):
                 return chosen
     return chosen
@@ -113,6 +117,7 @@ def check_memory(
     Raises:
         RequestError: it has less; the message names the nearest changes that fit.
     """
+    recipe = _as_it_runs(model, recipe, precision, gpu)
     needed = _memory(model, recipe, accumulation, precision, data_parallel)
     room = gpu.memory_gib - RESERVED_GIB
     if needed.total <= room:
@@ -124,6 +129,18 @@ def check_memory(
         f"{room:.0f} GiB for it",
         " or ".join(ways) if ways else "use more GPUs or a larger tensor or pipeline size",
     )
+
+
+def _as_it_runs(
+    model: Model, recipe: AnyTraining, precision: str, gpu: Gpu
+) -> AnyTraining:  # fmt: skip
+    """With `linear: auto` as what a run on this GPU will take."""
+    if recipe.linear != "auto" or not gpu.quack or not gpu.name.startswith(HOPPER):
+        return recipe
+    lora = isinstance(recipe, Tuning) and recipe.lora is not None
+    if quack_obstacle(precision, recipe.fp8, model, recipe.layout.tensor, lora=lora):
+        return recipe
+    return recipe.model_copy(update={"linear": "quack"})
 
 
 def explained(memory: Memory) -> str:
