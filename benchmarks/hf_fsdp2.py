@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 
 from tanren.config.load import read_model
 from tanren.config.model import Model
-from tanren.convert.llama import config_of
+from tanren.convert.llama_config import config_of
 from tanren.plan.cost import PEAK_TFLOPS
 from tanren.tokenfiles import bin_path
 

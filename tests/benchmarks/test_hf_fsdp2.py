@@ -63,7 +63,7 @@ def test_the_sharded_model_is_transformers_own(words: tuple[str, ...]) -> None:
     import transformers
 
     from benchmarks import hf_fsdp2
-    from tanren.convert.llama import config_of
+    from tanren.convert.llama_config import config_of
 
     shape = read_model("tiny")
     options = hf_fsdp2.read_options(

@@ -40,13 +40,15 @@ CASES = {
 def compare(shape: Model, folder: Path) -> dict[str, float | bool]:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    from tanren.convert import hf, llama, mcore
+    from tanren.convert import hf, llama, llama_config, mcore
     from tanren.engine import model as models
     from tanren.engine.checkpoint import load_base
     from tanren.stages import convert
 
     torch.manual_seed(7)
-    reference = LlamaForCausalLM(LlamaConfig.from_dict(llama.config_of(shape))).float().eval()
+    reference = (
+        LlamaForCausalLM(LlamaConfig.from_dict(llama_config.config_of(shape))).float().eval()
+    )
     with torch.no_grad():
         for name, weight in reference.named_parameters():
             if "norm" in name:

@@ -9,7 +9,7 @@ import orjson
 import torch
 
 from tanren.config.model import Model, RopeScaling
-from tanren.convert import hf, llama
+from tanren.convert import hf, llama, llama_config
 from tanren.convert.tensors import Held
 
 SHAPE = Model(
@@ -48,7 +48,7 @@ def write(
     """A model as the hub has it; without a tokenizer."""
     folder.mkdir(parents=True)
     hf.write_tensors(folder, Held(weights(model, dtype)), max_shard_bytes=max_shard_bytes)
-    stated = llama.config_of(model) | {"torch_dtype": "bfloat16"} | (config or {})
+    stated = llama_config.config_of(model) | {"torch_dtype": "bfloat16"} | (config or {})
     (folder / "config.json").write_bytes(orjson.dumps(stated))
     return folder
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tanren.config.model import Model
-from tanren.convert import llama
+from tanren.convert import llama_config
 from tests.convert.compare import SHAPE as COMPARED
 
 SHAPE = {**COMPARED, "vocabulary_size": 256}
@@ -28,14 +28,14 @@ def write_hf(
 
     model = Model(**{**SHAPE, **changes})
     torch.manual_seed(7)
-    made = LlamaForCausalLM(LlamaConfig.from_dict(llama.config_of(model))).to(dtype).eval()
+    made = LlamaForCausalLM(LlamaConfig.from_dict(llama_config.config_of(model))).to(dtype).eval()
     with torch.no_grad():
         for name, weight in made.named_parameters():
             if "norm" in name:
                 weight.uniform_(0.5, 1.5)
     made.save_pretrained(folder)
     # What transformers 5 writes of shape and tokenizer, NeMo's transformers 4 cannot read.
-    config = {**llama.config_of(model), "torch_dtype": str(dtype).removeprefix("torch.")}
+    config = {**llama_config.config_of(model), "torch_dtype": str(dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(config))
     pieces = ["<s>", "</s>", "<unk>", *(chr(65 + at) for at in range(model.vocabulary_size - 3))]
     words = {piece: at for at, piece in enumerate(pieces)}

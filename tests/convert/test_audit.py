@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
-from tanren.convert import audit, hf, llama
+from tanren.convert import audit, hf, llama, llama_config
 from tanren.convert.tensors import Held, Stored, Tensors, listed
 from tanren.data import tokenizer as tokenizers
 from tests.convert.held import whole
@@ -80,7 +80,7 @@ def test_a_folder_that_is_right_passes(
 def test_the_shapes_are_those_of_transformers() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    there = LlamaForCausalLM(LlamaConfig.from_dict(llama.config_of(SHAPE))).state_dict()
+    there = LlamaForCausalLM(LlamaConfig.from_dict(llama_config.config_of(SHAPE))).state_dict()
     assert llama.hf_shapes(SHAPE) == {name: tuple(t.shape) for name, t in there.items()}
     assert len(there) == 4 * 9 + 3
 

@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
-from tanren.convert import interchange, llama, mcore
+from tanren.convert import interchange, llama, llama_config, mcore
 from tanren.convert.interchange import Options
 from tanren.convert.tensors import Held
 from tests.conftest import REPOSITORY
@@ -134,8 +134,8 @@ def test_the_shape_is_taken_from_what_says_it(tmp_path: Path, stated: str) -> No
     out_of(checkpoint, tmp_path / "back", like=like)
     equal(models.read(tmp_path / "back"), models.weights(model))
     config = orjson.loads((tmp_path / "back" / "config.json").read_bytes())
-    assert llama.model_of(config, "config.json") == llama.model_of(
-        llama.config_of(model), "config.json"
+    assert llama_config.model_of(config, "config.json") == llama_config.model_of(
+        llama_config.config_of(model), "config.json"
     )
 
 

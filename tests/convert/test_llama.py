@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tanren.config.errors import RequestError
 from tanren.config.model import Model, RopeScaling
-from tanren.convert import llama
+from tanren.convert import llama, llama_config
 from tanren.convert.tensors import Held
 from tests.convert.held import whole
 
@@ -26,22 +26,22 @@ TIED = SHAPE.model_copy(update={"tied_embeddings": True, "head_size": 6})
 @pytest.mark.parametrize("shape", [SHAPE, SCALED, TIED], ids=["plain", "scaled", "tied"])
 @pytest.mark.parametrize("written_by", ["us", "transformers"])
 def test_a_shape_survives_config_json(shape: Model, written_by: str) -> None:
-    config = llama.config_of(shape)
+    config = llama_config.config_of(shape)
     if written_by == "transformers":
         from transformers import LlamaConfig
 
         config = LlamaConfig.from_dict(config).to_dict()
-    there = llama.model_of(config, "config.json")
-    llama.check_same_shape(shape, there, "recipe.yaml", "base")
+    there = llama_config.model_of(config, "config.json")
+    llama_config.check_same_shape(shape, there, "recipe.yaml", "base")
     assert there.rope_scaling == shape.rope_scaling
 
 
 def test_keys_of_both_transformers_versions_say_the_same() -> None:
-    old = llama.config_of(SCALED)
+    old = llama_config.config_of(SCALED)
     new = {key: value for key, value in old.items() if key not in ("rope_theta", "rope_scaling")}
     new["rope_parameters"] = {"rope_theta": 5e5, **old["rope_scaling"]}
-    assert llama.model_of(old, "c") == llama.model_of(new, "c")
-    assert llama.model_of(new, "c").rotary_base == 5e5
+    assert llama_config.model_of(old, "c") == llama_config.model_of(new, "c")
+    assert llama_config.model_of(new, "c").rotary_base == 5e5
 
 
 @pytest.mark.parametrize(
@@ -56,21 +56,21 @@ def test_keys_of_both_transformers_versions_say_the_same() -> None:
 )
 def test_what_the_engine_has_not_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError) as refused:
-        llama.model_of(llama.config_of(SHAPE) | changes, "config.json")
+        llama_config.model_of(llama_config.config_of(SHAPE) | changes, "config.json")
     assert message in str(refused.value)
 
 
 def test_a_config_without_a_key_is_refused_by_its_name() -> None:
-    config = llama.config_of(SHAPE)
+    config = llama_config.config_of(SHAPE)
     del config["rms_norm_eps"]
     with pytest.raises(RequestError, match=r"config\.json: states no rms_norm_eps"):
-        llama.model_of(config, "config.json")
+        llama_config.model_of(config, "config.json")
 
 
 def test_a_base_of_another_shape_names_both_sides() -> None:
     there = SHAPE.model_copy(update={"layers": 3, "rotary_base": 1e4})
     with pytest.raises(RequestError) as refused:
-        llama.check_same_shape(SHAPE, there, "midtrain.yaml: model", "/base")
+        llama_config.check_same_shape(SHAPE, there, "midtrain.yaml: model", "/base")
     assert "layers 3 there, 2 here; rotary_base 10000.0 there, 500000.0 here" in str(refused.value)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
 from tanren.config.training import Lora
-from tanren.convert import llama, lora
+from tanren.convert import llama, llama_config, lora
 from tanren.convert.tensors import Held
 from tests.convert.held import whole
 
@@ -49,7 +49,7 @@ def base(model: Model) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(7)
-    return LlamaForCausalLM(LlamaConfig.from_dict(llama.config_of(model))).float().eval()
+    return LlamaForCausalLM(LlamaConfig.from_dict(llama_config.config_of(model))).float().eval()
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from tanren.config.errors import RequestError
 from tanren.config.model import Model, RopeScaling
-from tanren.convert import hf, interchange, legacy, llama, megatron, named, unpickle
+from tanren.convert import hf, interchange, legacy, llama, llama_config, megatron, named, unpickle
 from tanren.convert.tensors import Held, rows
 from tests.convert.make_fixtures import CASES, value
 from tests.convert.saved_by_others import shape, unpack, weights
@@ -368,7 +368,7 @@ def test_what_is_known_of_the_model_has_to_agree(saved: Path) -> None:
         megatron.open_any(saved / "mcore-0.9.0", like=other).__enter__()
     # Our first checkpoints said less: what they leave out is taken from what is known.
     scaled = shape("mcore-0.9.0").model_copy(update={"rope_scaling": RopeScaling(factor=4.0)})
-    args = llama.megatron_arguments(scaled)
+    args = llama_config.megatron_arguments(scaled)
     for name in ("swiglu", "use_rope_scaling", "rope_scaling_factor"):
         delattr(args, name)
     with pytest.raises(RequestError, match="does not say all of its shape"):
@@ -379,7 +379,7 @@ def test_what_is_known_of_the_model_has_to_agree(saved: Path) -> None:
 def test_our_own_arguments_make_our_shape_again() -> None:
     for name in ("mcore-0.9.0", "mcore-0.11.0", "mcore-0.12.0"):
         model = shape(name).model_copy(update={"rope_scaling": RopeScaling(factor=4.0)})
-        args = llama.megatron_arguments(model)
+        args = llama_config.megatron_arguments(model)
         assert megatron.shape_of(args, "ours", model.vocabulary_size) == model
 
 
@@ -457,7 +457,7 @@ def test_the_names_before_megatron_core_are_read(tmp_path: Path) -> None:
     encoder["final_norm.weight"] = wanted["decoder.final_layernorm.weight"]
     embedding = {"word_embeddings": {"weight": wanted["embedding.word_embeddings.weight"]}}
     state = {
-        "args": llama.megatron_arguments(model),
+        "args": llama_config.megatron_arguments(model),
         "checkpoint_version": 3.0,
         "iteration": 7,
         "model": {
@@ -569,8 +569,8 @@ def test_a_conversion_by_hand_takes_them(saved: Path, tmp_path: Path, name: str)
         assert found.stored == dict(wanted.stored)
         for key in wanted.stored:
             assert torch.equal(found.read(key), wanted.read(key)), key
-    config = llama.model_of(hf.read_config(tmp_path / "hf"), "config.json")
-    assert llama.differences(config, shape(name)) == []
+    config = llama_config.model_of(hf.read_config(tmp_path / "hf"), "config.json")
+    assert llama_config.differences(config, shape(name)) == []
 
 
 def test_a_conversion_by_hand_trusts_when_it_is_told_to(

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tanren.config.errors import RequestError
-from tanren.convert import hf, llama, mcore, nemo, nemo_config, torch_dist
+from tanren.convert import hf, llama_config, mcore, nemo, nemo_config, torch_dist
 from tanren.convert.interchange import Made, Options
 from tanren.convert.tensors import Held
 from tanren.plan.paths import PARTIAL
@@ -55,7 +55,7 @@ def same(one: Path, other: Path) -> None:
     here, there = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert here.keys() == there.keys()
     assert all(torch.equal(here[name], there[name]) for name in here)
-    shapes = [llama.model_of(hf.read_config(folder), folder) for folder in (one, other)]
+    shapes = [llama_config.model_of(hf.read_config(folder), folder) for folder in (one, other)]
     assert shapes[0] == shapes[1]
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from tanren.config.model import Model
 from tanren.config.training import Layout, Lora, Optimizer, Schedule
-from tanren.convert import llama
+from tanren.convert import llama_config
 from tanren.engine import distributed
 from tanren.plan.paths import RunFolder
 
@@ -63,7 +63,7 @@ def hf_tensors(shape: Model) -> dict[str, torch.Tensor]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(7)
-    model = LlamaForCausalLM(LlamaConfig.from_dict(llama.config_of(shape)))
+    model = LlamaForCausalLM(LlamaConfig.from_dict(llama_config.config_of(shape)))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name:

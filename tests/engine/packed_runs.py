@@ -88,11 +88,11 @@ def through_transformers(shape: Model, folder: Path) -> Found:
     """A random base, converted; each text on its own through transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tanren.convert import llama
+    from tanren.convert import llama, llama_config
     from tanren.stages import convert
 
     torch.manual_seed(7)
-    model: Any = LlamaForCausalLM(LlamaConfig.from_dict(llama.config_of(shape))).float()
+    model: Any = LlamaForCausalLM(LlamaConfig.from_dict(llama_config.config_of(shape))).float()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tanren.convert import llama, mcore, nemo, nemo_config
+from tanren.convert import llama_config, mcore, nemo, nemo_config
 from tanren.convert.interchange import Options
 from tanren.environments import NEMO
 from tests.conftest import REPOSITORY
@@ -85,7 +85,7 @@ def test_its_exporter_and_ours_agree_bit_for_bit(cases: Path, case: str) -> None
         assert torch.equal(theirs[name], tensor), name
     configs = [json.loads((cases / case / name / "config.json").read_text())
                for name in ("back", "exported", "hf")]  # fmt: skip
-    shapes = [llama.model_of(config, case) for config in configs]
+    shapes = [llama_config.model_of(config, case) for config in configs]
     # Its importer leaves out the scaled rope's other factors, and the way back has the defaults.
     if case == "scaled-rope":
         assert shapes[1] == shapes[2]
@@ -121,4 +121,4 @@ def test_both_files_of_its_context_state_the_same_shape(cases: Path, case: str) 
 
 def test_the_fixture_is_what_the_shape_says(cases: Path) -> None:
     config = json.loads((cases / "grouped" / "hf" / "config.json").read_text())
-    assert llama.model_of(config, "grouped").layers == SHAPE["layers"]
+    assert llama_config.model_of(config, "grouped").layers == SHAPE["layers"]

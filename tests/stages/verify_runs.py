@@ -18,7 +18,7 @@ import torch
 
 from tanren.config.errors import RequestError, WorkError
 from tanren.config.model import Model, RopeScaling
-from tanren.convert import hf, interchange, llama, nemo
+from tanren.convert import hf, interchange, llama, llama_config, nemo
 from tanren.convert.interchange import Options
 from tanren.convert.tensors import Held
 from tanren.stages import verify
@@ -143,7 +143,7 @@ def main(root: Path) -> dict[str, Any]:
         "theta": (SHAPE, None, {"rope_theta": 2e4}),
         "no-scaling": (SCALED, None, {"rope_scaling": None}),
         "scaling-factor": (SCALED, None, {
-            "rope_scaling": llama.config_of(SCALED)["rope_scaling"] | {"factor": 8.0},
+            "rope_scaling": llama_config.config_of(SCALED)["rope_scaling"] | {"factor": 8.0},
         }),
         "epsilon": (SHAPE, None, {"rms_norm_eps": 1e-5}),
         "tied": (SHAPE, None, {"tie_word_embeddings": True}),

@@ -21,7 +21,7 @@ import torch
 
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
-from tanren.convert import hf, llama
+from tanren.convert import hf, llama, llama_config
 from tanren.convert.tensors import Stored, Tensors, each, listed, rows
 from tanren.data import tokenizer as tokenizers
 
@@ -181,8 +181,8 @@ def check_hf(
     place = folder if place is None else place
     config_place = f"{place}/config.json"
     config = hf.read_config(folder)
-    there = llama.model_of(config, config_place)
-    if model is not None and (differing := llama.differences(model, there)):
+    there = llama_config.model_of(config, config_place)
+    if model is not None and (differing := llama_config.differences(model, there)):
         raise RequestError(
             config_place, f"does not state the shape of the tensors: {'; '.join(differing)}",
             "mend the config.json of the model that it was taken from",

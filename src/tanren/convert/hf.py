@@ -15,7 +15,7 @@ import torch
 
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
-from tanren.convert import llama, safetensors
+from tanren.convert import llama, llama_config, safetensors
 from tanren.convert.tensors import Stored, Tensors
 from tanren.data import hub, template
 from tanren.data import tokenizer as tokenizers
@@ -190,7 +190,7 @@ def write_settings(
         source: the base model's folder: what its config.json says beyond the shape is carried on.
         end_ids: the tokens that end an answer. A generation stops at them and at the base's own.
     """
-    config = read_config(source) if source else llama.config_of(model)
+    config = read_config(source) if source else llama_config.config_of(model)
     # What the base says of its own weights, or of code that lies beside them, is not true of these.
     for key in ("dtype", "torch_dtype", "quantization_config", "auto_map"):
         config.pop(key, None)

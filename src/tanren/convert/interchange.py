@@ -12,7 +12,7 @@ import torch
 from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
-from tanren.convert import audit, folders, hf, legacy, llama, mcore, megatron
+from tanren.convert import audit, folders, hf, legacy, llama, llama_config, mcore, megatron
 from tanren.convert.tensors import Cast, Tensors
 from tanren.data import tokenizer as tokenizers
 from tanren.plan.paths import RunFolder, iteration_of
@@ -82,7 +82,7 @@ def hf_to_mcore(source: Path, target: Path, options: Options, say: Say) -> Made:
     """
     source = folders.read_from(source)
     final = folders.write_to(target, source, force=options.force)
-    model = llama.model_of(hf.read_config(source), source / "config.json")
+    model = llama_config.model_of(hf.read_config(source), source / "config.json")
     with hf.open_model(source) as stored:
         audit.check_base(source, stored, model)
         tensors = llama.to_mcore(model, cast(stored, options.dtype), source)
@@ -125,7 +125,7 @@ def mcore_to_hf(
     checkpoint = newest(source)
     base = folders.read_from(like) if like else beside(checkpoint)
     say(f"reading {checkpoint}")
-    stated = llama.model_of(hf.read_config(base), base / "config.json") if base else None
+    stated = llama_config.model_of(hf.read_config(base), base / "config.json") if base else None
     with megatron.open_any(checkpoint, trust=trust, like=stated) as opened:
         model = opened.model
         tensors = cast(llama.to_hf(model, opened.tensors, checkpoint), options.dtype)

@@ -13,7 +13,7 @@ import torch
 from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
-from tanren.convert import audit, llama, torch_dist, unpickle
+from tanren.convert import audit, llama, llama_config, torch_dist, unpickle
 from tanren.convert.tensors import Tensors
 
 FORMAT = b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
@@ -51,7 +51,9 @@ def arguments(
         "no_save_rng": True,
         "no_save_optim": weights_only,
     }
-    return argparse.Namespace(**_OF_ANY_LLAMA, **said, **vars(llama.megatron_arguments(model)))
+    return argparse.Namespace(
+        **_OF_ANY_LLAMA, **said, **vars(llama_config.megatron_arguments(model))
+    )
 
 
 def _scales(model: Model) -> Iterator[str]:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.config.model import Model, RopeScaling
-from tanren.convert import hf, legacy, llama, mcore, named
+from tanren.convert import hf, legacy, llama, llama_config, mcore, named
 from tanren.convert.tensors import Tensors
 from tanren.data import tokenizer as tokenizers
 from tanren.plan.paths import RunFolder
@@ -186,7 +186,7 @@ def open_any(path: Path, *, trust: bool = False, like: Model | None = None) -> I
         )
     if found.kind == HF:
         with hf.open_model(folder) as weights:
-            model = llama.model_of(hf.read_config(folder), folder / "config.json")
+            model = llama_config.model_of(hf.read_config(folder), folder / "config.json")
             tensors = llama.to_mcore(model, weights, folder)
             tokenizer = folder if tokenizers.is_there(folder) else None
             yield Opened(WORDS[HF], folder, tensors, model, 0, tokenizer)
@@ -329,7 +329,7 @@ def shape_of(
     unsaid: dict[str, Any] = {"max_positions": like.max_positions}
     if not whole:
         unsaid["rope_scaling"] = like.rope_scaling
-    differing = llama.differences(like, model.model_copy(update=unsaid))
+    differing = llama_config.differences(like, model.model_copy(update=unsaid))
     if differing:
         raise RequestError(
             place, f"is another model: {'; '.join(differing)}",

@@ -26,6 +26,7 @@ from tanren.convert import (
     folders,
     hf,
     llama,
+    llama_config,
     mcore,
     nemo_config,
     nemo_context,
@@ -82,7 +83,7 @@ def hf_to_nemo(
         else folders.write_to(target, source, force=options.force)
     )
     config = hf.read_config(source)
-    model = llama.model_of(config, source / "config.json")
+    model = llama_config.model_of(config, source / "config.json")
     model = model.model_copy(update={"init_std": config.get("initializer_range", model.init_std)})
     with hf.open_model(source) as stored:
         audit.check_base(source, stored, model)
@@ -208,10 +209,10 @@ def _agreed(model: Model, base: Path, source: Path) -> Model:
     Raises:
         RequestError: what NeMo states differs from it.
     """
-    there = llama.model_of(hf.read_config(base), base / "config.json")
+    there = llama_config.model_of(hf.read_config(base), base / "config.json")
     changes = {"vocabulary_size": there.vocabulary_size, "init_std": model.init_std}
     stated = model.model_copy(update={"vocabulary_size": there.vocabulary_size})
-    llama.check_same_shape(stated, there, source, base)
+    llama_config.check_same_shape(stated, there, source, base)
     return there.model_copy(update=changes)
 
 

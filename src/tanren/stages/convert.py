@@ -8,7 +8,7 @@ from pathlib import Path
 from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
-from tanren.convert import audit, hf, llama, mcore
+from tanren.convert import audit, hf, llama, llama_config, mcore
 from tanren.data import tokenizer as tokenizers
 from tanren.plan.checks import check_vocabulary
 from tanren.plan.plan import ConvertPlan, digest
@@ -48,8 +48,8 @@ def run(plan: ConvertPlan, attempt: int) -> None:
 def convert_base(base: Path, model: Model, checkpoint: Path, recipe_file: str) -> None:
     """Check a Hugging Face folder against the recipe's shape and write it as a checkpoint."""
     config = base / "config.json"
-    there = llama.model_of(hf.read_config(base), config)
-    llama.check_same_shape(model, there, f"{recipe_file}: model", base)
+    there = llama_config.model_of(hf.read_config(base), config)
+    llama_config.check_same_shape(model, there, f"{recipe_file}: model", base)
     with hf.open_model(base) as tensors:
         audit.check_base(base, tensors, model)
         mcore.write_base(model, llama.to_mcore(model, tensors, base), checkpoint, place=base)
