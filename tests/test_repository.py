@@ -44,6 +44,14 @@ def test_the_house_in_the_design_is_the_house() -> None:
             assert path.name in text or path.stem in text, path
 
 
+def test_no_module_has_grown_past_its_room() -> None:
+    """The style's rule: up to 400 lines, then it is split along the house's plan."""
+    modules = tracked("src/*.py")
+    assert len(modules) > 200
+    lines = {name: (REPOSITORY / name).read_text().count("\n") for name in modules}
+    assert {name: count for name, count in lines.items() if count > 400} == {}
+
+
 def test_no_file_names_a_package_registry_by_its_host() -> None:
     """PyPI and the Debian mirror are the machine's own settings."""
     files = [name for name in tracked() if not name.endswith((".png", ".xz"))]

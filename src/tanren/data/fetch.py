@@ -12,9 +12,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,13 @@ from typing import Any
 import orjson
 
 from tanren import runs
-from tanren.config.errors import RequestError, TanrenError, WorkError, is_full
+from tanren.config.errors import RequestError, WorkError
 from tanren.data import hub
 from tanren.data.hub import Fetched, FetchedFile, Manifest, Reference, Wanted
+from tanren.data.hub_errors import explained
 
 WORKERS = 8
 _BLOCK_BYTES = 1 << 20
-_OTHER_HUB = "check the network and the proxy (https_proxy); HF_ENDPOINT= names a mirror"
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def _ask_commit(reference: Reference) -> str:
             reference, "HF_HUB_OFFLINE forbids to ask which commit it is",
             f"unset HF_HUB_OFFLINE, or name a commit: hf:{reference.name}@COMMIT",
         )  # fmt: skip
-    with _explained(reference):
+    with explained(reference):
         info = _api().repo_info(
             reference.name, repo_type=reference.kind, revision=reference.revision
         )
@@ -147,7 +146,7 @@ def _list(reference: Reference) -> list[_Listed]:
     """Every file of a repository at a commit; asked once, however many sources take from it."""
     from huggingface_hub.hf_api import RepoFile
 
-    with _explained(reference):
+    with explained(reference):
         entries = _api().list_repo_tree(
             reference.name, recursive=True, revision=reference.revision, repo_type=reference.kind
         )
@@ -282,7 +281,7 @@ def _download_one(reference: Reference, folder: Path, file: _Listed, tally: _Tal
         def set_postfix_str(self, *_: object, **__: object) -> None: ...
         def set_transfer_postfix_str(self, *_: object, **__: object) -> None: ...
 
-    with _explained(reference, file.path):
+    with explained(reference, file.path):
         hf_hub_download(
             reference.name, file.path, repo_type=reference.kind, revision=reference.revision,
             local_dir=folder, endpoint=_endpoint(), tqdm_class=Bar,
@@ -355,69 +354,6 @@ def _offline() -> bool:
     from huggingface_hub import constants
 
     return bool(constants.is_offline_mode())
-
-
-@contextmanager
-def _explained(reference: Reference, file: str | None = None) -> Iterator[None]:
-    """Turn the many errors of huggingface_hub and its HTTP client into one of ours."""
-    try:
-        yield
-    except (TanrenError, InterruptedError):
-        raise
-    except Exception as error:
-        raise _explanation(error, reference, file) from None
-
-
-def _explanation(error: BaseException, reference: Reference, file: str | None) -> TanrenError:
-    from huggingface_hub import errors, get_token
-
-    # "Not in the cache either" has the reason behind it.
-    while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__
-    login = "the login of this machine" if get_token() else "no login (HF_TOKEN is not set)"
-    place = f"{reference} {file}" if file else str(reference)
-    if isinstance(error, errors.GatedRepoError):
-        return RequestError(
-            place, f"is gated, and {login} may not read it",
-            "ask for access on its page on the hub, and set HF_TOKEN to a token of that account",
-        )  # fmt: skip
-    if isinstance(error, errors.RepositoryNotFoundError):
-        other = "model" if reference.kind == "dataset" else "dataset"
-        return RequestError(
-            place, f"the hub has no such {reference.kind}, or it is private and {login} may not "
-            "read it",
-            f"check the name (or is it a {other}?); for a private one set HF_TOKEN",
-        )  # fmt: skip
-    if isinstance(error, errors.RevisionNotFoundError):
-        return RequestError(
-            place, f"has no revision {reference.revision}",
-            "name a branch, a tag, or the 40 digits of a commit",
-        )  # fmt: skip
-    if isinstance(error, errors.RemoteEntryNotFoundError):
-        return WorkError(
-            place, "the hub lists this file and does not have it",
-            "try again later, or pin another revision",
-        )  # fmt: skip
-    if isinstance(error, errors.HfHubHTTPError):
-        status = error.response.status_code
-        if status in (401, 403):
-            return RequestError(place, f"the hub refuses it to {login} ({status})",
-                                "set HF_TOKEN to a token that may read it")  # fmt: skip
-        return WorkError(place, f"the hub answers {status}", "the same command goes on later")
-    if isinstance(error, OSError) and is_full(error):
-        return WorkError(
-            hub.data_root(), f"the disk was full while {place} came",
-            "make room, or DATA= on a larger disk; the same command goes on",
-        )  # fmt: skip
-    if isinstance(error, PermissionError) and error.filename:
-        return RequestError(error.filename, f"cannot be written: {error.strerror}",
-                            "DATA= where you may write")  # fmt: skip
-    said = str(error).strip().splitlines()
-    reason = said[0] if said else "no message"
-    return WorkError(
-        place, f"the hub cannot be reached, or broke off: {type(error).__name__}: {reason}",
-        f"{_OTHER_HUB}. The same command goes on with the files that came",
-    )  # fmt: skip
 
 
 def _now() -> str:
