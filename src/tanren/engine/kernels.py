@@ -227,13 +227,15 @@ def _launch(
     tokens, samples, size = mixed.shape
     width = angles.size(-1)
     queries = size // width // groups - 2
+    all_groups, all_queries = triton.next_power_of_2(groups), triton.next_power_of_2(queries)
+    lanes = triton.next_power_of_2(width // 2)
+    elements = triton.next_power_of_2(all_groups * (all_queries + 2) * 2 * lanes)
     _split_and_rotate[(tokens * samples,)](
         mixed, *parts, angles, samples,
         groups=groups, queries=queries, half=width // 2,
-        all_groups=triton.next_power_of_2(groups), all_queries=triton.next_power_of_2(queries),
-        lanes=triton.next_power_of_2(width // 2), backward=backward,
-        # Some hundred elements a thread: what is under way at a time fills the memory's width.
-        num_warps=min(max(triton.next_power_of_2(size) // 4096, 1), 8),
+        all_groups=all_groups, all_queries=all_queries, lanes=lanes, backward=backward,
+        # About a hundred elements a thread, so that enough loads are under way.
+        num_warps=min(max(elements // 4096, 1), 8),
     )  # fmt: skip
 
 

@@ -17,8 +17,9 @@ from tanren.engine.kernels import Measured, Where, nowhere, store_largest
 from tanren.engine.main_grad import already_in_main_grad
 
 # Backward, so many programs for each multiprocessor share the rows; each sums the gradient of the
-# weight over its own.
+# weight over its own. With up to 8 warps and these registers a thread they are there at once.
 _PROGRAMS = 2
+_REGISTERS, _OF_WARPS = 128, 8
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -155,10 +156,12 @@ def _backwards(
     result = torch.empty_like(total)
     each = total.new_empty(programs, width, dtype=torch.float32) if weighs else None
     measured = Measured(of_total(), programs)
+    layout = _layout(width)
     _rms_norm_gradient[(programs,)](
         upstream.contiguous(), None if later is None else later.contiguous(), total, weight,
         scales, result, each, rows=rows, width=width, adds=later is not None, weighs=weighs,
-        **_layout(width), **measured.options(),
+        maxnreg=_REGISTERS if layout["num_warps"] <= _OF_WARPS else None,
+        **layout, **measured.options(),
     )  # fmt: skip
     measured.finish()
     return result, None if each is None else _of_weight(ctx.weight, each)
