@@ -191,7 +191,10 @@ def test_what_quack_keeps_is_counted_where_a_run_will_take_it() -> None:
     there, a100 = replace(H200, quack=True), Gpu("NVIDIA A100", H200.memory_gib, quack=True)
     assert chosen(1, gpu=there) == (2, "fp32")
     assert chosen(1, "linear=te", gpu=there) == (1, "fp32")
-    assert chosen(1, "fp8=tensorwise", gpu=there) == chosen(1, "fp8=tensorwise")
+    in_fp8 = recipe("micro_batch=1", "main_gradients=fp32", "fp8=tensorwise")
+    assert check_memory(EIGHT, in_fp8, 2, 4, "bf16", there, "here") == check_memory(
+        EIGHT, in_fp8, 2, 4, "bf16", H200, "here"
+    )
     assert chosen(1, gpu=a100) == (1, "fp32")
     # The recipe still leaves it to the run, and its figure is that of what was counted.
     wanted = recipe("micro_batch=2", "optimizer.moments=bf16", "main_gradients=fp32")
@@ -204,9 +207,10 @@ def test_what_quack_keeps_is_counted_where_a_run_will_take_it() -> None:
     assert needed.total < check_memory(EIGHT, found, 1, 4, "bf16", H200, "here").total - 6
 
 
-def test_adapters_are_counted_without_quack() -> None:
+@pytest.mark.parametrize("how", ["lora.rank=32", "engine=nemo"])
+def test_what_never_takes_quack_is_counted_without(how: str) -> None:
     path = REPOSITORY / "recipes" / "llmjp4-8b" / "sft.yaml"
-    _, value = read_recipe(path, None, ["lora.rank=32", "micro_batch=2", "main_gradients=fp32"])
+    _, value = read_recipe(path, None, [how, "micro_batch=1", "main_gradients=fp32"])
     assert isinstance(value, Training)
     there = replace(H200, quack=True)
     assert check_memory(EIGHT, value, 1, 4, "bf16", there, "here") == check_memory(

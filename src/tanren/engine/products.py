@@ -22,11 +22,11 @@ from tanren.config.errors import RequestError
 from tanren.config.model import Model
 from tanren.engine import hopper
 from tanren.engine.main_grad import add_product
-from tanren.plan.kernels import quack_obstacle
+from tanren.plan.kernels import QUACK, QUACK_VERSION, quack_obstacle
 
 logger = logging.getLogger("tanren")
 
-PACKAGE, VERSION = "quack-kernels", "0.6.5"
+PACKAGE, VERSION = QUACK, QUACK_VERSION
 # Tiles of a weight's gradient. Where the last wave of them leaves more of the GPU idle than a tenth
 # of the work, cuBLAS's are faster.
 _TILE, _FILLED = (128, 192), 0.9

@@ -53,7 +53,7 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
     Returns:
         its jobs; none when it is done already.
     """
-    request = reading.read_request(order, queue.machine_of(place))
+    request = reading.read_request(order, queue.machine_of(place, order.runtime))
     orders.refuse_start(order, request)
     # Before anything is submitted: what does not fit is refused here.
     plan = make_plan(request)

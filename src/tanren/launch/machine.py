@@ -6,10 +6,12 @@ import os
 import subprocess
 from dataclasses import replace
 from functools import cache
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 from tanren.plan.cost import Gpu
+from tanren.plan.kernels import QUACK, QUACK_VERSION
 from tanren.plan.plan import Machine
 
 
@@ -34,8 +36,15 @@ def this_machine(*, in_image: bool = False) -> Machine:
 
 def _gpu(in_image: bool) -> Gpu | None:
     found = _smallest_gpu()
-    quack = in_image or find_spec("quack") is not None
-    return None if found is None else replace(found, quack=quack)
+    return None if found is None else replace(found, quack=in_image or _has_quack())
+
+
+def _has_quack() -> bool:
+    """Whether this Python has it as runs take it."""
+    try:
+        return metadata.version(QUACK) == QUACK_VERSION
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def _of_gpus(fields: str) -> list[str]:

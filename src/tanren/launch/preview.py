@@ -23,7 +23,7 @@ from tanren.launch import (
 from tanren.launch.container import Container
 from tanren.launch.orders import Order
 from tanren.plan.make import make_plan
-from tanren.plan.plan import Plan, Request
+from tanren.plan.plan import Machine, Plan, Request
 from tanren.plan.site import Place
 
 
@@ -55,7 +55,7 @@ def preview(order: Order) -> Preview:
         RequestError: there can be no plan of it.
     """
     place = clusters.place_for(order)
-    request = reading.read_request(order, queue.machine_of(place) if place else None)
+    request = reading.read_request(order, _machine(order, place))
     planned = make_plan(request)
     state, new, other = _state(planned)
     first = _first(order, request)
@@ -117,6 +117,11 @@ def _state(planned: Plan) -> tuple[str, bool, RequestError | None]:
     return state, new, other
 
 
+def _machine(order: Order, place: Place | None) -> Machine | None:
+    """A job's; None for this one."""
+    return queue.machine_of(place, order.runtime) if place else None
+
+
 def _first(order: Order, request: Request) -> tuple[tuple[str, Place | None], ...]:
     """What must be made first, each after what it stands on itself."""
     found: dict[str, Place | None] = {}
@@ -124,7 +129,7 @@ def _first(order: Order, request: Request) -> tuple[tuple[str, Place | None], ..
         found[name] = None
         try:
             place = clusters.place_for(needed)
-            below = reading.read_request(needed, queue.machine_of(place) if place else None)
+            below = reading.read_request(needed, _machine(needed, place))
         except RequestError:  # its text is not here: a plan of this stage can be made all the same
             continue
         del found[name]

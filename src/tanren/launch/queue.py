@@ -88,15 +88,20 @@ def place_of(site_name: str, recipe: Recipe, stage: str, wish: Wish, user: User)
     )  # fmt: skip
 
 
-def machine_of(place: Place) -> Machine:
-    """What the job will have, as far as the site's file knows."""
+def machine_of(place: Place, runtime: str | None = None) -> Machine:
+    """What the job will have, as far as the site's file knows.
+
+    Args:
+        runtime: as it was asked for; `native` is a Python that is known where the job runs alone.
+    """
     gpu = place.site.gpu
     return Machine(
         gpus=place.gpus,
         nodes=place.nodes,
         cores=place.type.cores,
-        # Stages run in an image there; with RUNTIME=native the job plans by what it finds.
-        gpu=Gpu(gpu.name, gpu.memory_gib, quack=True) if gpu and place.gpus else None,
+        gpu=Gpu(gpu.name, gpu.memory_gib, quack=container.wished(runtime) != "native")
+        if gpu and place.gpus
+        else None,
     )
 
 

@@ -131,13 +131,13 @@ def check_memory(
     )
 
 
-def _as_it_runs(
-    model: Model, recipe: AnyTraining, precision: str, gpu: Gpu
-) -> AnyTraining:  # fmt: skip
+def _as_it_runs(model: Model, recipe: AnyTraining, precision: str, gpu: Gpu) -> AnyTraining:
     """With `linear: auto` as what a run on this GPU will take."""
     if recipe.linear != "auto" or not gpu.quack or not gpu.name.startswith(HOPPER):
         return recipe
     lora = isinstance(recipe, Tuning) and recipe.lora is not None
+    if isinstance(recipe, Tuning) and recipe.engine == "nemo":
+        return recipe
     if quack_obstacle(precision, recipe.fp8, model, recipe.layout.tensor, lora=lora):
         return recipe
     return recipe.model_copy(update={"linear": "quack"})

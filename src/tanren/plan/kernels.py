@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tanren.config.model import Model
 
+# A package of matrix products, and the version that was tried.
+QUACK, QUACK_VERSION = "quack-kernels", "0.6.5"
 # Widths that quack-kernels was tried with are multiples of it.
 WIDTH = 64
 # How the names of Hopper GPUs begin, on which it was tried.
