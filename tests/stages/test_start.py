@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tanren import runs
+from tanren.config.errors import RequestError
 from tanren.config.load import read_model
 from tanren.convert import hf
+from tanren.data import tokenizer as tokenizers
 from tanren.plan.paths import RunFolder
+from tanren.plan.plan import MidtrainPlan, read_plan
+from tanren.stages import own_tokenizer
 from tanren.stages.convert import convert_base
 from tests.conftest import RECIPES, Tanren
 
@@ -91,6 +96,8 @@ def test_a_base_with_another_tokenizer_is_refused(tanren: Tanren) -> None:
 def test_an_export_carries_what_transformers_needs(trained: Tanren) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+    # The data may be made again with another tokenizer, or be away.
+    shutil.rmtree(trained.folder("preprocess"))
     done = trained("export", str(RECIPES / "export.yaml"))
     assert done.code == 0, done.text
     folder = trained.folder() / "hf" / "iter_0000008"
@@ -109,6 +116,43 @@ def test_an_export_carries_what_transformers_needs(trained: Tanren) -> None:
     assert loss < 7.4
     again = trained("export", str(RECIPES / "export.yaml"))
     assert "export is done" in again.out
+
+
+def test_a_run_without_its_tokenizer_is_exported_with_that_of_the_same_data_alone(
+    trained: Tanren,
+) -> None:
+    """As runs were before they kept it."""
+    folder, data = RunFolder(trained.folder()), RunFolder(trained.folder("preprocess"))
+    kept = (folder.tokenizer / "tokenizer.json").read_bytes()
+    shutil.rmtree(folder.tokenizer)
+    plan = json.loads(folder.plan.read_bytes()) | {"data": str(data.root)}
+    folder.plan.write_text(json.dumps(plan))
+    assert (own_tokenizer.of(folder) / "tokenizer.json").read_bytes() == kept
+    own_tokenizer.check_base(f"checkpoint:{folder.checkpoint(8)}")
+    made = json.loads(data.done.read_bytes()) | {"identity": "of other files"}
+    data.done.write_text(json.dumps(made))
+    with pytest.raises(RequestError, match="keeps no tokenizer") as error:
+        own_tokenizer.of(folder)
+    assert str(folder.tokenizer) in str(error.value)
+    with pytest.raises(RequestError, match="keeps no tokenizer"):
+        own_tokenizer.check_base(f"checkpoint:{folder.checkpoint(8)}")
+    done = trained.sft(sets=("steps=2", "schedule.warmup_steps=0"))
+    assert done.code == 2
+    assert "keeps no tokenizer" in done.err
+
+
+def test_a_run_that_goes_on_with_another_tokenizer_is_refused(
+    trained: Tanren, tmp_path: Path
+) -> None:
+    folder = RunFolder(trained.folder())
+    plan = read_plan(folder.plan)
+    assert isinstance(plan, MidtrainPlan)
+    plan = plan.model_copy(update={"run": str(folder.root)})
+    own_tokenizer.keep(plan, folder.tokenizer)
+    other = tokenizers.train(["another text altogether"] * 9, 270, tmp_path / "other")
+    with pytest.raises(RequestError, match="is not the tokenizer of") as error:
+        own_tokenizer.keep(plan, other.folder)
+    assert "under a new NAME=" in str(error.value)
 
 
 def test_a_cpu_run_leaves_the_libraries_of_gpus_alone(tanren: Tanren, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from tanren.config.errors import TanrenError
 from tanren.data import hub, sources
 from tanren.launch import inputs
 from tanren.launch.machine import cpu_name, gpus_and_driver
-from tanren.plan.paths import RunFolder
+from tanren.plan.paths import TRAINING_STAGES, RunFolder
 from tanren.plan.plan import (
     ConvertPlan,
     ExportPlan,
@@ -221,7 +221,7 @@ def made_by(plan: Plan) -> dict[str, dict[str, Any]]:
             found[f"tokens {one['name']}"] = {
                 **_tokens(folder.tokens_of(one["name"])), "content": one.get("digest"),
             }  # fmt: skip
-    if plan.stage in ("preprocess", "sft", "dpo") and folder.tokenizer.is_dir():
+    if plan.stage in ("preprocess", *TRAINING_STAGES) and folder.tokenizer.is_dir():
         found["tokenizer"] = _files(folder.tokenizer, _TOKENIZER_FILES)
         template = _template(folder.tokenizer)
         if template is not None:

@@ -16,8 +16,8 @@ from tanren.convert import hf, llama, mcore
 from tanren.convert import lora as adapters
 from tanren.convert.tensors import Cast, Tensors
 from tanren.plan.paths import RunFolder
-from tanren.plan.plan import ExportPlan, MidtrainPlan, TrainingPlan, TuningPlan, digest, read_plan
-from tanren.stages import tuning
+from tanren.plan.plan import ExportPlan, TrainingPlan, TuningPlan, digest, read_plan
+from tanren.stages import own_tokenizer, tuning
 from tanren.stages.generate import generate
 
 logger = logging.getLogger("tanren")
@@ -30,15 +30,15 @@ def run(plan: ExportPlan, attempt: int) -> None:
     trained = read_plan(source.plan)
     assert isinstance(trained, TrainingPlan)
     checkpoint = runs.check_checkpoint(source, iteration)
-    exported = source.export(iteration)
+    exported, tokenizer = source.export(iteration), own_tokenizer.of(source)
     logger.info("exporting %s", checkpoint)
     settings = adapters.settings_of(checkpoint)
     dtype = hf.DTYPES[plan.recipe.dtype]
     if settings is not None and plan.recipe.adapters == "peft":
-        _write_peft(trained, checkpoint, settings, exported, dtype)
+        _write_peft(trained, checkpoint, settings, exported, dtype, tokenizer)
     else:
         with _weights(trained, checkpoint, settings) as tensors:
-            _write(trained, tensors, exported, dtype)
+            _write(trained, tensors, exported, dtype, tokenizer)
     sample, asked = "", plan.recipe.prompt
     if plan.recipe.sample_tokens:
         tuned = isinstance(trained, TuningPlan) and plan.recipe.question != ""
@@ -89,30 +89,27 @@ def _start(trained: TrainingPlan) -> Iterator[Tensors]:
         yield tensors
 
 
-def _write(trained: TrainingPlan, tensors: Tensors, folder: Path, dtype: torch.dtype) -> None:
+def _write(
+    trained: TrainingPlan, tensors: Tensors, folder: Path, dtype: torch.dtype, tokenizer: Path
+) -> None:
     base = Path(hf.locate(trained.hf_source)) if trained.hf_source else None
     end_ids = tuning.end_ids(trained.folder) if isinstance(trained, TuningPlan) else ()
     hf.write_model(
         folder, trained.model, Cast(llama.to_hf(trained.model, tensors, "the checkpoint"), dtype),
-        tokenizer=_tokenizer(trained), base=base, end_ids=end_ids,
+        tokenizer=tokenizer, base=base, end_ids=end_ids,
     )  # fmt: skip
 
 
 def _write_peft(
-    trained: TrainingPlan, checkpoint: Path, settings: Lora, folder: Path, dtype: torch.dtype
-) -> None:
+    trained: TrainingPlan, checkpoint: Path, settings: Lora, folder: Path, dtype: torch.dtype,
+    tokenizer: Path,
+) -> None:  # fmt: skip
     """Write the adapters as PEFT has them, and beside them, once, the base they belong to."""
     base = trained.folder.hf_base
     if not base.is_dir():
         with _start(trained) as tensors:
-            _write(trained, tensors, base, dtype)
+            _write(trained, tensors, base, dtype, tokenizer)
     with mcore.open_checkpoint(checkpoint) as tensors:
         adapters.write_peft(
-            folder, trained.model, tensors, settings, str(base), tokenizer=_tokenizer(trained)
+            folder, trained.model, tensors, settings, str(base), tokenizer=tokenizer
         )
-
-
-def _tokenizer(trained: TrainingPlan) -> Path:
-    if isinstance(trained, MidtrainPlan):
-        return RunFolder(Path(trained.data)).tokenizer
-    return trained.folder.tokenizer

@@ -24,7 +24,7 @@ from tanren.engine.step import Budget, Objective, Work
 from tanren.plan.checks import check_vocabulary
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import MidtrainPlan
-from tanren.stages import synthetic, training
+from tanren.stages import own_tokenizer, synthetic, training
 from tanren.stages.convert import check_tokenizers
 
 logger = logging.getLogger("tanren")
@@ -49,7 +49,7 @@ def run(plan: MidtrainPlan, attempt: int) -> None:
         Samples(plan, data.train, plan.recipe.global_batch, session.ranks.device),
         _held_out(plan, data, session.ranks.device),
         Budget(plan.batch.steps, plan.recipe.global_batch, plan.data_start),
-        lambda: {"tokenizer": str(RunFolder(Path(plan.data)).tokenizer)},
+        lambda: {"tokenizer": str(plan.folder.tokenizer)},
     )
 
 
@@ -87,6 +87,8 @@ def _tokens(plan: MidtrainPlan) -> blend.DatasetTokenizer:
     if plan.hf_source is not None and dist.get_rank() == 0:
         base = hf.locate(plan.hf_source) if plan.start.startswith("hf:") else Path(plan.hf_source)
         check_tokenizers(base, str(tokenizer.folder), plan.recipe_file)
+    if dist.get_rank() == 0:
+        own_tokenizer.keep(plan, tokenizer.folder)
     return blend.DatasetTokenizer(tokenizer.size, tokenizer.eod)
 
 

@@ -30,7 +30,7 @@ from tanren.engine.step import Budget, Objective
 from tanren.plan.checks import check_schedule, check_vocabulary
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import TuningPlan, by_nemo, digest
-from tanren.stages import synthetic, training
+from tanren.stages import own_tokenizer, synthetic, training
 from tanren.stages.convert import check_tokenizers
 from tanren.stages.feed import RowFeed
 from tanren.stages.training import Session
@@ -184,6 +184,8 @@ def make_tokenizer(plan: TuningPlan, folder: Path) -> Path:
         return folder
     assert plan.tokenizer is not None
     source = plan.tokenizer
+    if plan.recipe.tokenizer is None:
+        own_tokenizer.check_base(plan.start)
     original = hf.locate(source.removeprefix("hf:")) if source.startswith("hf:") else Path(source)
     size = tokenizers.read(original).size
     check_vocabulary(plan.recipe_file, plan.model, size, original)
