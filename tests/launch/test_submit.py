@@ -68,9 +68,31 @@ def test_missing_stages_are_named_in_the_order_to_make_them(task: Path) -> None:
     finish_preprocess(task)
     found = reading.missing(order, reading.read_request(order))
     assert [needed.recipe_file.stem for needed in found] == ["convert"]
-    export = Order(task / "export.yaml", name="a")
+    export = Order(task / "export.yaml")
     (wanted,) = reading.missing(export, reading.read_request(export))
-    assert wanted.command("midtrain").endswith("tiny/midtrain.yaml --name a")
+    assert wanted.command("midtrain").endswith("tiny/midtrain.yaml")
+
+
+@pytest.mark.parametrize("stage", ["export", "eval"])
+def test_an_export_of_a_name_that_was_never_trained_trains_nothing(task: Path, stage: str) -> None:
+    """It may be a mistake; but what was begun, or only submitted, is waited for."""
+    named = Order(task / f"{stage}.yaml", name="typo")
+    with pytest.raises(RequestError, match="midtrain-typo: there is no such run") as refused:
+        reading.missing(named, reading.read_request(named))
+    assert str(refused.value.next_step).endswith("tiny/midtrain.yaml --name typo")
+    runs_folder = orders.runs_root() / "tiny"
+    RunFolder(runs_folder / "midtrain-a").root.mkdir(parents=True)
+    RunFolder(runs_folder / "midtrain-a").order.write_text("{}")
+    for order in (named, replace(named, name=None)):
+        with pytest.raises(RequestError, match=r"there is no such run \(there is midtrain-a\)"):
+            reading.missing(order, reading.read_request(order))
+    (wanted, *_) = reading.missing(
+        replace(named, name="a"), reading.read_request(replace(named, name="a"))
+    )
+    assert wanted.name == "a"
+    # A pipeline's is made with all that it stands on.
+    derived = replace(named, plain_if_absent=True)
+    assert reading.missing(derived, reading.read_request(derived))
 
 
 def test_a_stage_whose_product_was_removed_is_missing_again(task: Path) -> None:

@@ -69,6 +69,8 @@ def test_an_export_answers_and_what_has_none_names_its_command(once_tuned: Path)
     done = tanren("generate", str(RECIPES / "dpo.yaml"), *words, "--name", "b")
     err = refused(done, 2, "dpo-b/hf", "holds no export")
     assert "next: make export TASK=tiny STAGE=dpo NAME=b" in err
+    done = tanren("generate", str(RECIPES / "sft.yaml"), *words, "--name", "b")
+    refused(done, 2, "sft-b/hf", "holds no export; sft has one")
 
 
 @pytest.mark.parametrize(

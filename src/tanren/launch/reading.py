@@ -10,13 +10,13 @@ from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.config.load import changed_fields, read_model
 from tanren.config.merge import Merge
-from tanren.config.schema import Convert, Evaluation, Recipe
+from tanren.config.schema import STAGES, Convert, Evaluation, Recipe
 from tanren.config.training import Midtrain, Training
 from tanren.launch import container, inputs, soups
 from tanren.launch.machine import this_machine, visible_gpus
 from tanren.launch.orders import Order, check_names, order_of, recipe_of, runs_root
 from tanren.plan.bench import made_up_data
-from tanren.plan.paths import APART_STAGES, RunFolder, stage_name, stage_of
+from tanren.plan.paths import APART_STAGES, TRAINING_STAGES, RunFolder, stage_name, stage_of
 from tanren.plan.plan import Begun, Machine, Product, Request, digest, own_image
 from tanren.plan.references import candidates, of_soup, product_behind, reference, references
 
@@ -190,7 +190,34 @@ def needed(order: Order, request: Request, wanted: str) -> Order | None:
         run = soups.run_of(wanted)
         return soups.order_for(order, order_of(order, run, stage_of(run)), wanted)
     plain = order_of(order, product.folder.root.name, product.stage)
+    # Of a pipeline and a soup's recipe the training is meant.
+    asked = request.stage in ("export", "eval") and not order.plain_if_absent
+    if asked and product.stage in TRAINING_STAGES:
+        _refuse_unknown(order, plain, product.folder)
     return _export_for(order, plain, request.recipe) if product.stage == "export" else plain
+
+
+def _refuse_unknown(order: Order, plain: Order, folder: RunFolder) -> None:
+    """Refuse to train for an export or a score what was never begun: its name may be a mistake, and
+    there may be others. Where nothing was trained at all, all is made.
+    """
+    stage = stage_of(folder.root.name)
+    others = [name for name in begun_runs(folder.root.parent) if stage_of(name) == stage]
+    if folder.root.name in others or not (others or order.name or order.variant):
+        return
+    there = f" (there is {', '.join(others)})" if others else ""
+    raise RequestError(
+        folder.root,
+        f"there is no such run{there}",
+        f"NAME= and VARIANT= of the one that is meant; or train it: {plain.command(stage)}",
+    )
+
+
+def begun_runs(task: Path) -> list[str]:
+    """The names of a task's run folders of stages, in their order."""
+    folders = [RunFolder(path) for path in sorted(task.glob("*/"))]
+    names = [one.root.name for one in folders if one.plan.exists() or one.order.exists()]
+    return [name for name in names if name.partition("-")[0].partition(".")[0] in STAGES]
 
 
 def _export_for(order: Order, plain: Order, recipe: Recipe) -> Order:
