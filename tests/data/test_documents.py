@@ -57,7 +57,7 @@ def refusal(folder: Path, path: str = "a.jsonl") -> RequestError:
         (b'{"text": ', "is not JSON"),
         (b"plain words", "is not JSON"),
         (b'{"text": "a"} {"text": "b"}', "is not JSON"),
-        (b'{"text": "\xff"}', "is not JSON: str is not valid UTF-8"),
+        (b'{"text": "\xff"}', "is not UTF-8"),
         (b'{"text": "\\ud800"}', "is not JSON"),
         (b'{"body": "a", "url": "b"}', "has no text under 'text'; it has body, url"),
         (b"{}", "has no text under 'text'"),
@@ -78,11 +78,28 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: bytes, pro
     assert error.problem.startswith(problem)
 
 
-def test_a_byte_order_mark_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes('\ufeff{"text": "a"}\n'.encode())
+def test_a_byte_order_mark_begins_a_file_alone(tmp_path: Path) -> None:
+    """Editors on Windows write it; it is no part of the first line."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('\ufeff{"text": "a"}\n{"text": "b"}\n'.encode())
+    assert read(tmp_path) == ["a", "b"]
+    path.write_bytes('{"text": "a"}\n\ufeff{"text": "b"}\n'.encode())
     error = refusal(tmp_path)
-    assert error.place == f"{tmp_path}/a.jsonl:1"
+    assert error.place == f"{path}:2"
     assert "BOM" in error.problem
+
+
+@pytest.mark.parametrize("encoding", ["cp932", "euc_jp"])
+def test_japanese_in_another_encoding_is_told_from_bytes_that_are_none(
+    tmp_path: Path, encoding: str
+) -> None:
+    text = '{"text": "東京は日本の首都です。カタカナも"}\n'
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + text.encode(encoding))
+    error = refusal(tmp_path)
+    name = encoding.replace("_", "-").upper()
+    assert error.place == f"{tmp_path}/a.jsonl:2"
+    assert error.problem == f"is not UTF-8; it reads as {name} (iconv -f {name} -t UTF-8)"
+    assert error.next_step == "convert the file, or on_error: skip"
 
 
 def test_the_bad_file_of_many_is_named(tmp_path: Path) -> None:

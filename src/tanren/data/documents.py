@@ -9,7 +9,9 @@ document are in memory.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -202,6 +204,19 @@ def _json_lines(unit: Unit, problem: Problem) -> Iterator[str]:
         )
 
 
+# What Japanese text is in where it is not UTF-8; EUC-JP first, since much of it could be CP932.
+_ENCODINGS = ("EUC-JP", "CP932")
+_JAPANESE = re.compile("[\u3041-\u30ff\u4e00-\u9fff]")
+
+
+def _reads(line: bytes, encoding: str) -> bool:
+    """Whether a line is Japanese in this encoding: all of it text, some of it kana or kanji."""
+    try:
+        return _JAPANESE.search(line.decode(encoding)) is not None
+    except UnicodeDecodeError:
+        return False
+
+
 class _Lines:
     """The lines of a unit, without their ends; `place` names the last one as an editor would."""
 
@@ -222,15 +237,29 @@ class _Lines:
     def values(self) -> Iterator[Any]:
         """What each line says in JSON; empty lines say nothing."""
         for line in self:
-            if not line or line.isspace():
+            start = self.number == 1 and self.unit.first == 0
+            text = line.removeprefix(codecs.BOM_UTF8) if start else line
+            if not text or text.isspace():
                 continue
             try:
-                value = orjson.loads(line)
+                value = orjson.loads(text)
             except orjson.JSONDecodeError as error:
-                advice = "mend or remove the line, or on_error: skip"
-                self.problem(RequestError(self.place, f"is not JSON: {error}", advice))
+                self.problem(self._no_json(text, error))
                 continue
             yield value
+
+    def _no_json(self, line: bytes, error: orjson.JSONDecodeError) -> RequestError:
+        """What is wrong with a line: its encoding, or what it says."""
+        advice = "mend or remove the line, or on_error: skip"
+        try:
+            line.decode()
+        except UnicodeDecodeError:
+            read_as = next((name for name in _ENCODINGS if _reads(line, name)), None)
+            if read_as is not None:
+                advice = "convert the file, or on_error: skip"
+            mended = f"; it reads as {read_as} (iconv -f {read_as} -t UTF-8)" if read_as else ""
+            return RequestError(self.place, f"is not UTF-8{mended}", advice)
+        return RequestError(self.place, f"is not JSON: {error}", advice)
 
     def __iter__(self) -> Iterator[bytes]:
         rest: list[bytes] = []
