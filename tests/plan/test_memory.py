@@ -133,6 +133,26 @@ def test_a_model_that_fits_nowhere_is_said_so() -> None:
     assert error.next_step == "use more GPUs or a larger tensor or pipeline size"
 
 
+def test_a_larger_tensor_size_is_named_where_more_gpus_would_not_help() -> None:
+    a100 = Gpu("NVIDIA A100", 39.5)
+    error = refused("micro_batch=1", gpu=a100, gpus=4)
+    assert error.next_step == "--set layout.tensor=4"
+    fits = recipe("micro_batch=1", "layout.tensor=4")
+    assert check_memory(EIGHT, fits, 1, 64, "bf16", a100, "here").total < 35.5
+    # Eight of them: smaller optimizer shares, and half of them hold a layer's other half.
+    error = refused("micro_batch=1", gpu=a100, gpus=8)
+    assert error.next_step == "--set layout.tensor=2 --set layout.recompute=full"
+    error = refused("micro_batch=1", "layout.data=4", gpu=a100, gpus=4)
+    assert error.next_step == "use more GPUs or a larger tensor or pipeline size"
+
+
+def test_figures_that_are_near_each_other_are_told_apart() -> None:
+    needed = check_memory(EIGHT, recipe("micro_batch=1"), 2, 4, "bf16", H200, "here").total
+    error = refused("micro_batch=1", gpu=Gpu("NVIDIA H200", needed + 3.9), gpus=2)
+    assert f"needs about {needed:.1f} GiB" in str(error)
+    assert f"has {needed - 0.1:.1f} GiB" in str(error)
+
+
 def test_the_hours_are_an_assumption_about_a_known_gpu() -> None:
     wanted = recipe("steps=500", "global_batch=512", "measured=null", "micro_batch=1")
     batch = make_batch(wanted, 8, "here", steps=500)

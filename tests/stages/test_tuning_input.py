@@ -107,7 +107,7 @@ def test_what_is_too_long_is_left_out_or_cut(warm: Warm, tmp_path: Path) -> None
     ("sets", "place", "problem", "next_step"),
     [
         (
-            ("template=model",), "preprocess/tokenizer",
+            ("template=model",), "midtrain/tokenizer",
             "has no chat template, neither chat_template.jinja nor in tokenizer_config.json",
             "use template: llmjp-instruct",
         ),

@@ -344,7 +344,9 @@ class Tuning(Training):
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("state exactly one of steps, epochs")
+            raise ValueError(
+                'state exactly one of steps, epochs; the other is null (SET="steps=null epochs=2")'
+            )
         return self
 
     @model_validator(mode="after")

@@ -123,10 +123,12 @@ def check_memory(
     if needed.total <= room:
         return needed
     ways = _ways(model, recipe, data_parallel, accumulation, precision, room)
+    # Near each other they must not look the same.
+    digits = 0 if needed.total - room >= 1 else 1
     raise RequestError(
         f"{place}: micro_batch {recipe.micro_batch}",
-        f"needs about {needed.total:.0f} GiB a GPU ({explained(needed)}), and a {gpu.name} has "
-        f"{room:.0f} GiB for it",
+        f"needs about {needed.total:.{digits}f} GiB a GPU ({explained(needed)}), and a {gpu.name} "
+        f"has {room:.{digits}f} GiB for it",
         " or ".join(ways) if ways else "use more GPUs or a larger tensor or pipeline size",
     )
 
@@ -188,4 +190,34 @@ def _ways(
             gpus = ranks * recipe.layout.model_parallel
             ways.append(f"{gpus} GPUs")
             break
-    return ways
+    return ways or _split_layers(model, recipe, data_parallel, accumulation, precision, room)
+
+
+def _split_layers(
+    model: Model, recipe: Training, data_parallel: int, accumulation: int, precision: str,
+    room: float,
+) -> list[str]:  # fmt: skip
+    """The smallest tensor-parallel size that fits the same GPUs; none where data is stated."""
+    layout = recipe.layout
+    if layout.data is not None:
+        return []
+    for tensor in (2, 4, 8):
+        ranks, rest = divmod(data_parallel * layout.tensor, tensor)
+        whole = model.kv_groups % tensor == 0 and model.ffn_hidden_size % tensor == 0
+        if rest or not whole or tensor <= layout.tensor:
+            continue
+        for recompute in dict.fromkeys([layout.recompute, "full"]):
+            for row in dict.fromkeys([recipe.rows, 1]):
+                changed = recipe.model_copy(update={
+                    "micro_batch": row,
+                    "layout": layout.model_copy(update={"tensor": tensor, "recompute": recompute}),
+                })  # fmt: skip
+                fits = _memory(model, changed, accumulation, precision, ranks).total <= room
+                if fits and recipe.global_batch % (row * ranks) == 0:
+                    sets = [f"--set layout.tensor={tensor}"]
+                    sets += [f"--set layout.recompute={recompute}"] * (
+                        recompute != layout.recompute
+                    )
+                    sets += [f"--set micro_batch={row}"] * (row != recipe.rows)
+                    return [" ".join(sets)]
+    return []

@@ -200,7 +200,9 @@ def _training_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
                 "time",
                 f"{hours:,.1f} hours {assumption}"
                 if hours >= 10
-                else f"{hours:.2g} hours {assumption}",
+                else f"{hours:.2g} hours {assumption}"
+                if hours >= 1 / 60
+                else f"under a minute {assumption}",
             )
         )
     if isinstance(plan, MidtrainPlan) and plan.data_start:
