@@ -383,6 +383,13 @@ def test_a_plan_says_what_the_submission_would_refuse(cluster: Cluster) -> None:
         assert (said in done.out) == there, done.out
 
 
+def test_a_plan_of_a_user_without_a_group_says_so_and_plans(cluster: Cluster) -> None:
+    done = cluster.tanren("plan", str(RECIPES / "midtrain.yaml"), "--site", "abci3")
+    assert done.code == 0, done.text
+    assert "user.toml: names no group, and abci3 charges one" in done.out
+    assert "node-hours" in done.out
+
+
 def test_a_plan_counts_a_chain_and_what_comes_before_it(empty: Cluster) -> None:
     words = ("plan", str(RECIPES / "midtrain.yaml"), "--site", str(empty.site), "--hours", "2")
     done = empty.tanren(*words, "--chain", "3")

@@ -19,7 +19,7 @@ from tanren.plan.make import make_plan
 from tanren.plan.paths import APART_STAGES, RunFolder
 from tanren.plan.plan import Plan, Request, read_plan
 from tanren.plan.references import product_behind, references
-from tanren.plan.site import Place
+from tanren.plan.site import Place, check_group
 
 
 def place_for(order: Order) -> Place | None:
@@ -53,6 +53,7 @@ def send(order: Order, place: Place, needs: bool, say: Callable[[str], None]) ->
     Returns:
         its jobs; none when it is done already.
     """
+    check_group(place)
     request = reading.read_request(order, queue.machine_of(place, order.runtime))
     orders.refuse_start(order, request)
     # Before anything is submitted: what does not fit is refused here.

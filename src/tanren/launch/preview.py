@@ -24,7 +24,7 @@ from tanren.launch.container import Container
 from tanren.launch.orders import Order
 from tanren.plan.make import make_plan
 from tanren.plan.plan import Machine, Plan, Request
-from tanren.plan.site import Place
+from tanren.plan.site import Place, check_group
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def preview(order: Order) -> Preview:
         checks.append(lambda: parts.refuse_at_work(planned.folder))
     if place:
         checks += [
+            lambda: check_group(place),
             lambda: provenance.refuse_dirty(repository(), clusters.may_be_dirty(order)),
             lambda: clusters.refuse_unfetched(order, request, needs=True),
             lambda: soups.check_jobs(request),

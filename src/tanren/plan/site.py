@@ -67,7 +67,7 @@ def make_place(
         trains: the stage wants GPUs where the site has them, as an evaluation does too; others take
             the site's CPU type.
     Raises:
-        RequestError: the site has no such type, or not so much of it, or wants a group.
+        RequestError: the site has no such type, or not so much of it.
     """
     name = wish.type or job.type or (site.gpu_type if trains else site.cpu_type)
     # A stage without GPUs is one process, whatever its recipe's training sister takes.
@@ -99,11 +99,6 @@ def make_place(
             f"{site.node_hours:,.0f}",
             f"HOURS={int(site.node_hours / nodes)} and CHAIN=n",
         )
-    if site.group_required and not group:
-        raise RequestError(
-            "user.toml", f"names no group, and {site_name} charges one",
-            'write group = "YOUR-GROUP" into user.toml, or SET="user.group=YOUR-GROUP"',
-        )  # fmt: skip
     save_seconds = min(SAVE_SECONDS, SAVE_SHARE * hours * 3600)
     if job.save_minutes is not None:
         save_seconds = job.save_minutes * 60
@@ -113,3 +108,16 @@ def make_place(
                 f"use fewer than {hours * 60:g}, or more HOURS=",
             )  # fmt: skip
     return Place(site_name, site, name, nodes, hours, group, wish.reservation, save_seconds)
+
+
+def check_group(place: Place) -> None:
+    """Refuse a job that nobody would pay for.
+
+    Raises:
+        RequestError: the site charges a group, and the user has named none.
+    """
+    if place.site.group_required and not place.group:
+        raise RequestError(
+            "user.toml", f"names no group, and {place.site_name} charges one",
+            'write group = "YOUR-GROUP" into user.toml, or SET="user.group=YOUR-GROUP"',
+        )  # fmt: skip
