@@ -95,6 +95,17 @@ def test_an_export_of_a_name_that_was_never_trained_trains_nothing(task: Path, s
     assert reading.missing(derived, reading.read_request(derived))
 
 
+def test_a_file_where_runs_should_go_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RUNS", str(tmp_path / "file" / "runs"))
+    with pytest.raises(RequestError, match=f"{tmp_path}/file is a file"):
+        orders.runs_root()
+    monkeypatch.setenv("RUNS", str(tmp_path / "not" / "there"))
+    assert orders.runs_root() == tmp_path / "not" / "there"
+
+
 def test_a_stage_whose_product_was_removed_is_missing_again(task: Path) -> None:
     folder = finish_preprocess(task)
     assert look(task, "preprocess").done

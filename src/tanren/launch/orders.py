@@ -72,9 +72,17 @@ def shown(path: Path | str) -> str:
 
 
 def runs_root() -> Path:
-    """Where run folders go: $RUNS, else user.toml's runs, else runs/ in the repository."""
+    """Where run folders go: $RUNS, else user.toml's runs, else runs/ in the repository.
+
+    Raises:
+        RequestError: a file is in the way.
+    """
     stated = os.environ.get("RUNS") or read_user().runs
-    return Path(stated).expanduser().resolve() if stated else repository() / "runs"
+    root = Path(stated).expanduser().resolve() if stated else repository() / "runs"
+    there = next(path for path in (root, *root.parents) if path.exists())
+    if not there.is_dir():
+        raise RequestError(root, f"cannot be a folder: {there} is a file", "RUNS= names another")
+    return root
 
 
 def recipe_of(order: Order) -> tuple[str, Recipe]:
