@@ -76,14 +76,19 @@ def test_missing_stages_are_named_in_the_order_to_make_them(task: Path) -> None:
 @pytest.mark.parametrize("stage", ["export", "eval"])
 def test_an_export_of_a_name_that_was_never_trained_trains_nothing(task: Path, stage: str) -> None:
     """It may be a mistake; but what was begun, or only submitted, is waited for."""
-    named = Order(task / f"{stage}.yaml", name="typo")
+    named, bare = Order(task / f"{stage}.yaml", name="typo"), Order(task / f"{stage}.yaml")
     with pytest.raises(RequestError, match="midtrain-typo: there is no such run") as refused:
         reading.missing(named, reading.read_request(named))
-    assert str(refused.value.next_step).endswith("tiny/midtrain.yaml --name typo")
+    assert str(refused.value.next_step).endswith("tiny/midtrain.yaml --name typo --needs")
+    assert "midtrain-typo: there is no such run" in preview(named).refused[0]
     runs_folder = orders.runs_root() / "tiny"
-    RunFolder(runs_folder / "midtrain-a").root.mkdir(parents=True)
-    RunFolder(runs_folder / "midtrain-a").order.write_text("{}")
-    for order in (named, replace(named, name=None)):
+    for name in ("midtrain-gate-bf16", "midtrain_old", "midtrain-a"):
+        if name == "midtrain-a":
+            # A gate's runs are none to export, and what is no run's folder is none.
+            assert reading.missing(bare, reading.read_request(bare))
+        RunFolder(runs_folder / name).root.mkdir(parents=True)
+        RunFolder(runs_folder / name).order.write_text("{}")
+    for order in (named, bare):
         with pytest.raises(RequestError, match=r"there is no such run \(there is midtrain-a\)"):
             reading.missing(order, reading.read_request(order))
     (wanted, *_) = reading.missing(

@@ -118,41 +118,53 @@ def test_an_export_carries_what_transformers_needs(trained: Tanren) -> None:
     assert "export is done" in again.out
 
 
-def test_a_run_without_its_tokenizer_is_exported_with_that_of_the_same_data_alone(
-    trained: Tanren,
-) -> None:
-    """As runs were before they kept it."""
+def test_a_run_of_before_runs_kept_their_tokenizer(trained: Tanren) -> None:
+    """It takes that of its data while they are what they were, and what it is given then."""
     folder, data = RunFolder(trained.folder()), RunFolder(trained.folder("preprocess"))
     kept = (folder.tokenizer / "tokenizer.json").read_bytes()
-    shutil.rmtree(folder.tokenizer)
+    away = folder.tokenizer.rename(folder.root / "away")
     plan = json.loads(folder.plan.read_bytes()) | {"data": str(data.root)}
     folder.plan.write_text(json.dumps(plan))
+    result = json.loads(folder.done.read_bytes()) | {"tokenizer": str(data.tokenizer)}
+    folder.done.write_text(json.dumps(result))
     assert (own_tokenizer.of(folder) / "tokenizer.json").read_bytes() == kept
-    own_tokenizer.check_base(f"checkpoint:{folder.checkpoint(8)}")
+    shutil.rmtree(data.tokenizer)
+    tokenizers.train(["another text altogether"] * 9, 270, data.tokenizer)
     made = json.loads(data.done.read_bytes()) | {"identity": "of other files"}
     data.done.write_text(json.dumps(made))
     with pytest.raises(RequestError, match="keeps no tokenizer") as error:
         own_tokenizer.of(folder)
     assert str(folder.tokenizer) in str(error.value)
-    with pytest.raises(RequestError, match="keeps no tokenizer"):
-        own_tokenizer.check_base(f"checkpoint:{folder.checkpoint(8)}")
-    done = trained.sft(sets=("steps=2", "schedule.warmup_steps=0"))
+    short = ("steps=2", "schedule.warmup_steps=0")
+    done = trained.sft(sets=short)
     assert done.code == 2
     assert "keeps no tokenizer" in done.err
+    # As the error advises.
+    away.rename(folder.tokenizer)
+    done = trained.sft(sets=short)
+    assert done.code == 0, done.text
+    tuned = RunFolder(trained.folder("sft")).tokenizer / "tokenizer.json"
+    assert tuned.read_bytes() == kept
 
 
 def test_a_run_that_goes_on_with_another_tokenizer_is_refused(
     trained: Tanren, tmp_path: Path
 ) -> None:
     folder = RunFolder(trained.folder())
+    kept = (folder.tokenizer / "tokenizer.json").read_bytes()
     plan = read_plan(folder.plan)
     assert isinstance(plan, MidtrainPlan)
     plan = plan.model_copy(update={"run": str(folder.root)})
     own_tokenizer.keep(plan, folder.tokenizer)
     other = tokenizers.train(["another text altogether"] * 9, 270, tmp_path / "other")
-    with pytest.raises(RequestError, match="is not the tokenizer of") as error:
+    with pytest.raises(RequestError, match=r"was trained with .* \(2048 pieces\)") as error:
         own_tokenizer.keep(plan, other.folder)
     assert "under a new NAME=" in str(error.value)
+    assert (folder.tokenizer / "tokenizer.json").read_bytes() == kept
+    # What was begun and never saved is trained with what there is now.
+    shutil.rmtree(folder.checkpoints)
+    own_tokenizer.keep(plan, other.folder)
+    assert tokenizers.read(folder.tokenizer).size == 270
 
 
 def test_a_cpu_run_leaves_the_libraries_of_gpus_alone(tanren: Tanren, tmp_path: Path) -> None:

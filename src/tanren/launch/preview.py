@@ -58,7 +58,12 @@ def preview(order: Order) -> Preview:
     request = reading.read_request(order, _machine(order, place))
     planned = make_plan(request)
     state, new, other = _state(planned)
-    first = _first(order, request)
+    first: tuple[tuple[str, Place | None], ...] = ()
+    lost = None
+    try:
+        first = _first(order, request)
+    except RequestError as error:  # of a run that was never begun
+        lost = error
     if first:
         names = ", ".join(name for name, _ in first)
         state += f"; {names} must be made first (make does it, or --needs)"
@@ -88,6 +93,8 @@ def preview(order: Order) -> Preview:
             lambda: clusters.refuse_without_image(order, planned, place, inside),
         ]
     refused = [] if state.startswith("done") else _refused(checks)
+    if lost is not None:
+        refused.insert(0, _said(lost))
     return Preview(
         plan=planned,
         place=place,
@@ -144,8 +151,12 @@ def _refused(checks: list[Callable[[], None]]) -> list[str]:
         try:
             check()
         except RequestError as error:
-            found.append(f"{error.place}: {error.problem}; {error.next_step}")
+            found.append(_said(error))
     return found
+
+
+def _said(error: RequestError) -> str:
+    return f"{error.place}: {error.problem}; {error.next_step}"
 
 
 def _scripts(

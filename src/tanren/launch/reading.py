@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,20 @@ from tanren import runs
 from tanren.config.errors import RequestError
 from tanren.config.load import changed_fields, read_model
 from tanren.config.merge import Merge
-from tanren.config.schema import STAGES, Convert, Evaluation, Recipe
+from tanren.config.schema import Convert, Evaluation, Recipe
 from tanren.config.training import Midtrain, Training
 from tanren.launch import container, inputs, soups
 from tanren.launch.machine import this_machine, visible_gpus
 from tanren.launch.orders import Order, check_names, order_of, recipe_of, runs_root
 from tanren.plan.bench import made_up_data
-from tanren.plan.paths import APART_STAGES, TRAINING_STAGES, RunFolder, stage_name, stage_of
+from tanren.plan.paths import (
+    APART_STAGES,
+    TRAINING_STAGES,
+    RunFolder,
+    is_of_a_stage,
+    stage_name,
+    stage_of,
+)
 from tanren.plan.plan import Begun, Machine, Product, Request, digest, own_image
 from tanren.plan.references import candidates, of_soup, product_behind, reference, references
 
@@ -132,10 +140,14 @@ def read_product(folder: RunFolder) -> Product:
     """What another stage's run folder holds."""
     started = runs.read_json(folder.plan)
     stage = stage_of(folder.root.name)
+    result = made(folder, stage)
+    if result is not None and stage in TRAINING_STAGES and folder.tokenizer.is_dir():
+        # Where it is now, and also where a run of before had none of its own and was given it.
+        result |= {"tokenizer": str(folder.tokenizer)}
     return Product(
         stage=stage,
         folder=folder,
-        result=made(folder, stage),
+        result=result,
         started=digest(started["settings"]) if started else None,
         iterations=tuple(i for i in runs.iterations(folder) if i > 0),
     )
@@ -199,25 +211,27 @@ def needed(order: Order, request: Request, wanted: str) -> Order | None:
 
 def _refuse_unknown(order: Order, plain: Order, folder: RunFolder) -> None:
     """Refuse to train for an export or a score what was never begun: its name may be a mistake, and
-    there may be others. Where nothing was trained at all, all is made.
+    there may be others. Without a name, where nothing was trained at all, all is made.
     """
     stage = stage_of(folder.root.name)
-    others = [name for name in begun_runs(folder.root.parent) if stage_of(name) == stage]
+    others = [name for name in _begun_runs(folder.root.parent) if stage_of(name) == stage]
     if folder.root.name in others or not (others or order.name or order.variant):
         return
     there = f" (there is {', '.join(others)})" if others else ""
     raise RequestError(
         folder.root,
         f"there is no such run{there}",
-        f"NAME= and VARIANT= of the one that is meant; or train it: {plain.command(stage)}",
+        f"NAME= and VARIANT= of the one that is meant; or train it: {plain.command(stage)} --needs",
     )
 
 
-def begun_runs(task: Path) -> list[str]:
-    """The names of a task's run folders of stages, in their order."""
+def _begun_runs(task: Path) -> list[str]:
+    """The names of a task's run folders of stages, in their order; a gate's are no runs to keep."""
     folders = [RunFolder(path) for path in sorted(task.glob("*/"))]
     names = [one.root.name for one in folders if one.plan.exists() or one.order.exists()]
-    return [name for name in names if name.partition("-")[0].partition(".")[0] in STAGES]
+    return [
+        name for name in names if is_of_a_stage(name) and not re.search(r"-gate-[a-z0-9]+$", name)
+    ]
 
 
 def _export_for(order: Order, plain: Order, recipe: Recipe) -> Order:

@@ -19,7 +19,7 @@ from tanren.config.errors import RequestError, WorkError, error_from_dict
 from tanren.launch import container, local, native, orders
 from tanren.launch.machine import visible_gpus
 from tanren.launch.orders import Order
-from tanren.plan.paths import RunFolder, run_name, stage_of
+from tanren.plan.paths import RunFolder, is_of_a_stage, run_name, stage_of
 
 
 def output_of(
@@ -100,9 +100,9 @@ def newest_export(order: Order) -> Path:
             if value
         )
         makes = f"merge TASK={task}" if stage == "merge" else f"export TASK={task} STAGE={stage}"
-        exports = folder.root.parent.glob("*/hf/iter_*/config.json")
+        exports = folder.root.parent.glob("*/hf/iter_*/*config.json")
         others = sorted({path.parents[2].name for path in exports})
-        own = [name for name in others if stage_of(name) == stage]
+        own = [name for name in others if is_of_a_stage(name) and stage_of(name) == stage]
         there = f"; {', '.join(own)} {'has' if len(own) == 1 else 'have'} one" if own else ""
         raise RequestError(folder.hf, f"holds no export{there}", f"make {makes}{options}")
     return max(found)

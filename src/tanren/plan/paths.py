@@ -282,6 +282,14 @@ def stage_name(stage_reference: str) -> str:
     return stage_reference.removeprefix("stage:")
 
 
+def is_of_a_stage(folder_name: str) -> bool:
+    """Whether a folder has the name of a stage's run."""
+    return any(
+        folder_name == stage or folder_name.startswith((stage + ".", stage + "-"))
+        for stage in STAGES
+    )
+
+
 def stage_of(folder_name: str) -> str:
     """The stage of a run folder's name (`midtrain.100B-try2` → `midtrain`)."""
     for stage in STAGES:

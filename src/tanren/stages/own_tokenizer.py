@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 from tanren import runs
@@ -11,7 +9,6 @@ from tanren.config.errors import RequestError
 from tanren.data import tokenizer as tokenizers
 from tanren.plan.paths import RunFolder
 from tanren.plan.plan import MidtrainPlan, read_plan
-from tanren.stages.convert import check_tokenizers
 
 
 def keep(plan: MidtrainPlan, data: Path) -> None:
@@ -19,15 +16,21 @@ def keep(plan: MidtrainPlan, data: Path) -> None:
 
     Raises:
         RequestError: the run goes on, and was trained with another one.
+        WorkError: the disk is full.
     """
     own = plan.folder.tokenizer
-    if own.is_dir():
-        check_tokenizers(own, str(data), plan.recipe_file, "train new data under a new NAME=")
+    if own.is_dir() and any(runs.iterations(plan.folder)):
+        there, here = tokenizers.read(own), tokenizers.read(data)
+        if not there.agrees_with(here):
+            raise RequestError(
+                plan.folder.root,
+                f"was trained with {own} ({there.size} pieces), and the data are made with {data} "
+                f"({here.size} pieces)",
+                "train these data under a new NAME=",
+            )
         return
-    partial = own.with_name(own.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    tokenizers.copy(data, partial)
-    os.replace(partial, own)
+    with runs.whole_folder(own) as partial:
+        tokenizers.copy(data, partial)
 
 
 def of(folder: RunFolder) -> Path:
@@ -48,17 +51,3 @@ def of(folder: RunFolder) -> Path:
             f"bring the tokenizer that it was trained with into {folder.tokenizer}",
         )
     return data.tokenizer
-
-
-def check_base(start: str) -> None:
-    """Refuse a run's checkpoint as a base if nothing is left of its tokenizer.
-
-    Args:
-        start: of a plan.
-    Raises:
-        RequestError: see `of`.
-    """
-    kind, _, where = start.partition(":")
-    folder = RunFolder(Path(where).parent.parent)
-    if kind == "checkpoint" and folder.plan.is_file():
-        of(folder)

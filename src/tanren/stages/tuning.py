@@ -29,7 +29,7 @@ from tanren.engine.distributed import Ranks
 from tanren.engine.step import Budget, Objective
 from tanren.plan.checks import check_schedule, check_vocabulary
 from tanren.plan.paths import RunFolder
-from tanren.plan.plan import TuningPlan, by_nemo, digest
+from tanren.plan.plan import TrainingPlan, TuningPlan, by_nemo, digest, read_plan
 from tanren.stages import own_tokenizer, synthetic, training
 from tanren.stages.convert import check_tokenizers
 from tanren.stages.feed import RowFeed
@@ -184,8 +184,10 @@ def make_tokenizer(plan: TuningPlan, folder: Path) -> Path:
         return folder
     assert plan.tokenizer is not None
     source = plan.tokenizer
-    if plan.recipe.tokenizer is None:
-        own_tokenizer.check_base(plan.start)
+    if plan.recipe.tokenizer is None and plan.base is not None:
+        base = RunFolder(plan.folder.root.with_name(plan.base))
+        if base.plan.is_file() and isinstance(read_plan(base.plan), TrainingPlan):
+            own_tokenizer.of(base)  # refuses one of which nothing is left
     original = hf.locate(source.removeprefix("hf:")) if source.startswith("hf:") else Path(source)
     size = tokenizers.read(original).size
     check_vocabulary(plan.recipe_file, plan.model, size, original)
