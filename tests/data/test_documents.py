@@ -102,6 +102,17 @@ def test_japanese_in_another_encoding_is_told_from_bytes_that_are_none(
     assert error.next_step == "convert the file, or on_error: skip"
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["東京は日本の首都です。".encode()[:-1], "général".encode("latin-1"), b"\x83\xff"],
+)
+def test_a_broken_byte_is_no_other_encoding(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + line + b'"}\n')
+    error = refusal(tmp_path)
+    assert error.problem == "is not UTF-8"
+    assert error.next_step == "mend or remove the line, or on_error: skip"
+
+
 def test_the_bad_file_of_many_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "b.jsonl").write_text('{"text": "b"}\n{\n')

@@ -206,13 +206,15 @@ def _json_lines(unit: Unit, problem: Problem) -> Iterator[str]:
 
 # What Japanese text is in where it is not UTF-8; EUC-JP first, since much of it could be CP932.
 _ENCODINGS = ("EUC-JP", "CP932")
-_JAPANESE = re.compile("[\u3041-\u30ff\u4e00-\u9fff]")
+_KANA = re.compile("[\u3041-\u30fe]")
 
 
 def _reads(line: bytes, encoding: str) -> bool:
-    """Whether a line is Japanese in this encoding: all of it text, some of it kana or kanji."""
+    """Whether a line is Japanese in this encoding, and not in UTF-8 with a byte of it broken."""
+    if _KANA.search(line.decode("utf-8", "ignore")):
+        return False
     try:
-        return _JAPANESE.search(line.decode(encoding)) is not None
+        return len(_KANA.findall(line.decode(encoding))) > 1
     except UnicodeDecodeError:
         return False
 
