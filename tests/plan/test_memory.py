@@ -142,8 +142,25 @@ def test_a_larger_tensor_size_is_named_where_more_gpus_would_not_help() -> None:
     # Eight of them: smaller optimizer shares, and half of them hold a layer's other half.
     error = refused("micro_batch=1", gpu=a100, gpus=8)
     assert error.next_step == "--set layout.tensor=2 --set layout.recompute=full"
-    error = refused("micro_batch=1", "layout.data=4", gpu=a100, gpus=4)
-    assert error.next_step == "use more GPUs or a larger tensor or pipeline size"
+    for stated in ("layout.data=4", "linear=quack"):
+        error = refused("micro_batch=1", stated, gpu=a100, gpus=4)
+        assert error.next_step == "use more GPUs or a larger tensor or pipeline size"
+
+
+@pytest.mark.parametrize("gpus", [2, 4, 8])
+@pytest.mark.parametrize("gib", range(24, 60, 3))
+def test_the_tensor_size_that_is_named_fits(gpus: int, gib: int) -> None:
+    """Transformer Engine's layers, which keep more, are what runs with it."""
+    gpu, asked = Gpu("NVIDIA H100", gib, quack=True), ("micro_batch=2", "optimizer.moments=bf16")
+    try:
+        check_memory(EIGHT, recipe(*asked), gpus, 8, "bf16", gpu, "here")
+    except RequestError as error:
+        if not error.next_step.startswith("--set layout.tensor"):
+            return
+        sets = error.next_step.removeprefix("--set ").split(" --set ")
+        changed = recipe(*asked, *sets)
+        ranks = gpus // changed.layout.tensor
+        check_memory(EIGHT, changed, ranks, 8, "bf16", gpu, "here")
 
 
 def test_figures_that_are_near_each_other_are_told_apart() -> None:

@@ -117,12 +117,13 @@ def check_memory(
     Raises:
         RequestError: it has less; the message names the nearest changes that fit.
     """
-    recipe = _as_it_runs(model, recipe, precision, gpu)
-    needed = _memory(model, recipe, accumulation, precision, data_parallel)
+    counted = _as_it_runs(model, recipe, precision, gpu)
+    needed = _memory(model, counted, accumulation, precision, data_parallel)
     room = gpu.memory_gib - RESERVED_GIB
     if needed.total <= room:
         return needed
-    ways = _ways(model, recipe, data_parallel, accumulation, precision, room)
+    ways = _ways(model, counted, data_parallel, accumulation, precision, room)
+    ways = ways or _split_layers(model, recipe, data_parallel, accumulation, precision, room)
     # Near each other they must not look the same.
     digits = 0 if needed.total - room >= 1 else 1
     raise RequestError(
@@ -190,16 +191,19 @@ def _ways(
             gpus = ranks * recipe.layout.model_parallel
             ways.append(f"{gpus} GPUs")
             break
-    return ways or _split_layers(model, recipe, data_parallel, accumulation, precision, room)
+    return ways
 
 
 def _split_layers(
     model: Model, recipe: Training, data_parallel: int, accumulation: int, precision: str,
     room: float,
 ) -> list[str]:  # fmt: skip
-    """The smallest tensor-parallel size that fits the same GPUs; none where data is stated."""
+    """The smallest tensor-parallel size that fits the same GPUs; none where the recipe states what
+    does not go with one.
+    """
     layout = recipe.layout
-    if layout.data is not None:
+    nemo = isinstance(recipe, Tuning) and recipe.engine == "nemo"
+    if layout.data is not None or recipe.linear == "quack" or nemo:
         return []
     for tensor in (2, 4, 8):
         ranks, rest = divmod(data_parallel * layout.tensor, tensor)
@@ -210,6 +214,7 @@ def _split_layers(
             for row in dict.fromkeys([recipe.rows, 1]):
                 changed = recipe.model_copy(update={
                     "micro_batch": row,
+                    "linear": "te",
                     "layout": layout.model_copy(update={"tensor": tensor, "recompute": recompute}),
                 })  # fmt: skip
                 fits = _memory(model, changed, accumulation, precision, ranks).total <= room
