@@ -215,7 +215,7 @@ def test_the_plan_of_many_sources_reads_in_a_few_lines() -> None:
     rows = {line[:15].strip(): line[15:] for line in lines[:-9]}
     assert rows["starts from"] == "given"
     assert rows["learning rate"] == "3e-05, constant, warm-up 0"
-    assert rows["memory"].startswith("79 of 140 GiB a GPU")
+    assert rows["memory"].startswith("72 of 140 GiB a GPU")
     assert "tokens are those of dolmino_token_counts.tsv: preprocess has not run" in rows["note"]
 
 

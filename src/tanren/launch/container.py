@@ -122,11 +122,6 @@ def default_image(gpus: int, own: str | None = None) -> Image:
     return IMAGES[own or ("train" if gpus else "cpu")]
 
 
-def wished(runtime: str | None) -> str | None:
-    """The runtime that was asked for, by the command or by RUNTIME; None where none was."""
-    return runtime or os.environ.get("RUNTIME") or None
-
-
 def choose(wanted: str | None, gpus: int, own: str | None = None) -> Container | None:
     """The container that stages run in here; None for this machine's own Python.
 
@@ -138,7 +133,7 @@ def choose(wanted: str | None, gpus: int, own: str | None = None) -> Container |
     Raises:
         RequestError: the wish cannot be met, or the image is not this checkout's.
     """
-    wanted = wished(wanted)
+    wanted = wanted or os.environ.get("RUNTIME") or None
     if wanted is not None and wanted not in RUNTIMES:
         raise RequestError(f"RUNTIME={wanted}", "there is no such runtime", " or ".join(RUNTIMES))
     if wanted == "native":

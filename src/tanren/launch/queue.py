@@ -92,14 +92,15 @@ def machine_of(place: Place, runtime: str | None = None) -> Machine:
     """What the job will have, as far as the site's file knows.
 
     Args:
-        runtime: as it was asked for; `native` is a Python that is known where the job runs alone.
+        runtime: of the order, which the job takes with it (not so an environment's RUNTIME);
+            `native` is a Python that is known where the job runs alone.
     """
     gpu = place.site.gpu
     return Machine(
         gpus=place.gpus,
         nodes=place.nodes,
         cores=place.type.cores,
-        gpu=Gpu(gpu.name, gpu.memory_gib, quack=container.wished(runtime) != "native")
+        gpu=Gpu(gpu.name, gpu.memory_gib, quack=runtime != "native")
         if gpu and place.gpus
         else None,
     )
