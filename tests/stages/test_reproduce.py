@@ -206,8 +206,8 @@ def test_a_passport_leads_back_to_the_text(tuned: Path) -> None:
     assert {"checkpoint", "tokenizer", "chat template"} <= set(attempt["made"])
     assert "torch" in attempt["process"]["packages"]
     (sft,) = attempt["from"]
-    # The base, and the run that made the tokenizer.
-    midtrain, _ = sft["from"]
+    # The base, which keeps the tokenizer.
+    (midtrain,) = sft["from"]
     below = {one["stage"]: one for one in midtrain["from"]}
     assert (sft["stage"], midtrain["stage"], set(below)) == (
         "sft", "midtrain", {"convert", "preprocess"},

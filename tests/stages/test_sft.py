@@ -94,6 +94,7 @@ def test_a_stop_after_any_step_and_the_same_command_goes_on(warm: Warm, once_tun
     assert_same_run(warm, Tanren(once_tuned), "sft", 6)
 
 
+@pytest.mark.long
 def test_a_checkpoint_goes_on_in_another_layout(warm: Warm, once_tuned: Path) -> None:
     take(once_tuned, warm, "sft", 2)
     for iteration, layout in ((2, "sequence"), (4, "pipeline")):

@@ -125,21 +125,34 @@ def test_a_run_of_before_runs_kept_their_tokenizer(trained: Tanren) -> None:
     away = folder.tokenizer.rename(folder.root / "away")
     plan = json.loads(folder.plan.read_bytes()) | {"data": str(data.root)}
     folder.plan.write_text(json.dumps(plan))
-    result = json.loads(folder.done.read_bytes()) | {"tokenizer": str(data.tokenizer)}
-    folder.done.write_text(json.dumps(result))
     assert (own_tokenizer.of(folder) / "tokenizer.json").read_bytes() == kept
-    shutil.rmtree(data.tokenizer)
-    tokenizers.train(["another text altogether"] * 9, 270, data.tokenizer)
     made = json.loads(data.done.read_bytes()) | {"identity": "of other files"}
     data.done.write_text(json.dumps(made))
     with pytest.raises(RequestError, match="keeps no tokenizer") as error:
         own_tokenizer.of(folder)
     assert str(folder.tokenizer) in str(error.value)
+    # As the error advises.
+    away.rename(folder.tokenizer)
+    assert own_tokenizer.of(folder) == folder.tokenizer
+
+
+@pytest.mark.long
+def test_a_base_of_before_is_tuned_with_the_tokenizer_that_it_is_given(trained: Tanren) -> None:
+    folder, data = RunFolder(trained.folder()), RunFolder(trained.folder("preprocess"))
+    kept = (folder.tokenizer / "tokenizer.json").read_bytes()
+    away = folder.tokenizer.rename(folder.root / "away")
+    plan = json.loads(folder.plan.read_bytes()) | {"data": str(data.root)}
+    folder.plan.write_text(json.dumps(plan))
+    result = json.loads(folder.done.read_bytes()) | {"tokenizer": str(data.tokenizer)}
+    folder.done.write_text(json.dumps(result))
+    shutil.rmtree(data.tokenizer)
+    tokenizers.train(["another text altogether"] * 9, 270, data.tokenizer)
+    made = json.loads(data.done.read_bytes()) | {"identity": "of other files"}
+    data.done.write_text(json.dumps(made))
     short = ("steps=2", "schedule.warmup_steps=0")
     done = trained.sft(sets=short)
     assert done.code == 2
     assert "keeps no tokenizer" in done.err
-    # As the error advises.
     away.rename(folder.tokenizer)
     done = trained.sft(sets=short)
     assert done.code == 0, done.text
@@ -167,6 +180,7 @@ def test_a_run_that_goes_on_with_another_tokenizer_is_refused(
     assert tokenizers.read(folder.tokenizer).size == 270
 
 
+@pytest.mark.long
 def test_a_cpu_run_leaves_the_libraries_of_gpus_alone(tanren: Tanren, tmp_path: Path) -> None:
     """In an image for GPUs on a node without: their kernels know no CPU tensors."""
     for name in ("transformer_engine", "apex"):
