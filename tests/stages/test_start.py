@@ -118,16 +118,23 @@ def test_an_export_carries_what_transformers_needs(trained: Tanren) -> None:
     assert "export is done" in again.out
 
 
+def change(file: Path, **fields: str) -> None:
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | fields))
+
+
+def without_its_tokenizer(folder: RunFolder, data: RunFolder) -> tuple[bytes, Path]:
+    """Leave a midtraining as those of before were; its tokenizer, and where that is now."""
+    kept = (folder.tokenizer / "tokenizer.json").read_bytes()
+    change(folder.plan, data=str(data.root))
+    return kept, folder.tokenizer.rename(folder.root / "away")
+
+
 def test_a_run_of_before_runs_kept_their_tokenizer(trained: Tanren) -> None:
     """It takes that of its data while they are what they were, and what it is given then."""
     folder, data = RunFolder(trained.folder()), RunFolder(trained.folder("preprocess"))
-    kept = (folder.tokenizer / "tokenizer.json").read_bytes()
-    away = folder.tokenizer.rename(folder.root / "away")
-    plan = json.loads(folder.plan.read_bytes()) | {"data": str(data.root)}
-    folder.plan.write_text(json.dumps(plan))
+    kept, away = without_its_tokenizer(folder, data)
     assert (own_tokenizer.of(folder) / "tokenizer.json").read_bytes() == kept
-    made = json.loads(data.done.read_bytes()) | {"identity": "of other files"}
-    data.done.write_text(json.dumps(made))
+    change(data.done, identity="of other files")
     with pytest.raises(RequestError, match="keeps no tokenizer") as error:
         own_tokenizer.of(folder)
     assert str(folder.tokenizer) in str(error.value)
@@ -139,16 +146,11 @@ def test_a_run_of_before_runs_kept_their_tokenizer(trained: Tanren) -> None:
 @pytest.mark.long
 def test_a_base_of_before_is_tuned_with_the_tokenizer_that_it_is_given(trained: Tanren) -> None:
     folder, data = RunFolder(trained.folder()), RunFolder(trained.folder("preprocess"))
-    kept = (folder.tokenizer / "tokenizer.json").read_bytes()
-    away = folder.tokenizer.rename(folder.root / "away")
-    plan = json.loads(folder.plan.read_bytes()) | {"data": str(data.root)}
-    folder.plan.write_text(json.dumps(plan))
-    result = json.loads(folder.done.read_bytes()) | {"tokenizer": str(data.tokenizer)}
-    folder.done.write_text(json.dumps(result))
+    kept, away = without_its_tokenizer(folder, data)
+    change(folder.done, tokenizer=str(data.tokenizer))
     shutil.rmtree(data.tokenizer)
     tokenizers.train(["another text altogether"] * 9, 270, data.tokenizer)
-    made = json.loads(data.done.read_bytes()) | {"identity": "of other files"}
-    data.done.write_text(json.dumps(made))
+    change(data.done, identity="of other files")
     short = ("steps=2", "schedule.warmup_steps=0")
     done = trained.sft(sets=short)
     assert done.code == 2

@@ -21,7 +21,7 @@ from tanren.plan.paths import (
     APART_STAGES,
     TRAINING_STAGES,
     RunFolder,
-    is_of_a_stage,
+    is_run_of,
     stage_name,
     stage_of,
 )
@@ -214,7 +214,7 @@ def _refuse_unknown(order: Order, plain: Order, folder: RunFolder) -> None:
     there may be others. Without a name, where nothing was trained at all, all is made.
     """
     stage = stage_of(folder.root.name)
-    others = [name for name in _begun_runs(folder.root.parent) if stage_of(name) == stage]
+    others = _begun_runs(folder.root.parent, stage)
     if folder.root.name in others or not (others or order.name or order.variant):
         return
     there = f" (there is {', '.join(others)})" if others else ""
@@ -225,13 +225,11 @@ def _refuse_unknown(order: Order, plain: Order, folder: RunFolder) -> None:
     )
 
 
-def _begun_runs(task: Path) -> list[str]:
-    """The names of a task's run folders of stages, in their order; a gate's are no runs to keep."""
-    folders = [RunFolder(path) for path in sorted(task.glob("*/"))]
+def _begun_runs(task: Path, stage: str) -> list[str]:
+    """The names of a stage's run folders, in their order; a gate's are no runs to keep."""
+    folders = [RunFolder(path) for path in sorted(task.glob("*/")) if is_run_of(stage, path.name)]
     names = [one.root.name for one in folders if one.plan.exists() or one.order.exists()]
-    return [
-        name for name in names if is_of_a_stage(name) and not re.search(r"-gate-[a-z0-9]+$", name)
-    ]
+    return [name for name in names if not re.search(r"-gate-[a-z0-9]+$", name)]
 
 
 def _export_for(order: Order, plain: Order, recipe: Recipe) -> Order:

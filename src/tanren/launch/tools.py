@@ -19,7 +19,7 @@ from tanren.config.errors import RequestError, WorkError, error_from_dict
 from tanren.launch import container, local, native, orders
 from tanren.launch.machine import visible_gpus
 from tanren.launch.orders import Order
-from tanren.plan.paths import RunFolder, is_of_a_stage, run_name, stage_of
+from tanren.plan.paths import RunFolder, is_run_of, run_name
 
 
 def output_of(
@@ -101,8 +101,8 @@ def newest_export(order: Order) -> Path:
         )
         makes = f"merge TASK={task}" if stage == "merge" else f"export TASK={task} STAGE={stage}"
         exports = folder.root.parent.glob("*/hf/iter_*/*config.json")
-        others = sorted({path.parents[2].name for path in exports})
-        own = [name for name in others if is_of_a_stage(name) and stage_of(name) == stage]
+        names = sorted({path.parents[2].name for path in exports})
+        own = [name for name in names if is_run_of(stage, name)]
         there = f"; {', '.join(own)} {'has' if len(own) == 1 else 'have'} one" if own else ""
         raise RequestError(folder.hf, f"holds no export{there}", f"make {makes}{options}")
     return max(found)

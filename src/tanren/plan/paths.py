@@ -282,18 +282,15 @@ def stage_name(stage_reference: str) -> str:
     return stage_reference.removeprefix("stage:")
 
 
-def is_of_a_stage(folder_name: str) -> bool:
-    """Whether a folder has the name of a stage's run."""
-    return any(
-        folder_name == stage or folder_name.startswith((stage + ".", stage + "-"))
-        for stage in STAGES
-    )
+def is_run_of(stage: str, folder_name: str) -> bool:
+    """Whether a folder has the name of a run of this stage, of any variant and name."""
+    return folder_name == stage or folder_name.startswith((stage + ".", stage + "-"))
 
 
 def stage_of(folder_name: str) -> str:
     """The stage of a run folder's name (`midtrain.100B-try2` → `midtrain`)."""
     for stage in STAGES:
-        if folder_name == stage or folder_name.startswith((stage + ".", stage + "-")):
+        if is_run_of(stage, folder_name):
             return stage
     raise RequestError(
         f"stage:{folder_name}", "names no stage", f"the stages are {', '.join(STAGES)}"
