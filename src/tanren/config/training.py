@@ -379,3 +379,8 @@ class Dpo(Tuning):
     @property
     def row_length(self) -> int:
         return 2 * self.sequence_length
+
+
+def by_nemo(recipe: object) -> bool:
+    """Whether the stage of a recipe trains with nemo-toolkit."""
+    return isinstance(recipe, Tuning) and recipe.engine == "nemo"

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from tanren.config.errors import RequestError
 from tanren.config.model import Model
-from tanren.config.training import Measured, Training, Tuning
+from tanren.config.training import Measured, Training, Tuning, by_nemo
 from tanren.plan.kernels import HOPPER, quack_obstacle
 from tanren.plan.memory import RESERVED_GIB, Memory, training_memory
 
@@ -138,9 +138,9 @@ def _as_it_runs(model: Model, recipe: AnyTraining, precision: str, gpu: Gpu) -> 
     """With `linear: auto` as what a run on this GPU will take."""
     if recipe.linear != "auto" or not gpu.quack or not gpu.name.startswith(HOPPER):
         return recipe
-    lora = isinstance(recipe, Tuning) and recipe.lora is not None
-    if isinstance(recipe, Tuning) and recipe.engine == "nemo":
+    if by_nemo(recipe):
         return recipe
+    lora = isinstance(recipe, Tuning) and recipe.lora is not None
     if quack_obstacle(precision, recipe.fp8, model, recipe.layout.tensor, lora=lora):
         return recipe
     return recipe.model_copy(update={"linear": "quack"})
@@ -202,8 +202,7 @@ def _split_layers(
     does not go with one.
     """
     layout = recipe.layout
-    nemo = isinstance(recipe, Tuning) and recipe.engine == "nemo"
-    if layout.data is not None or recipe.linear == "quack" or nemo:
+    if layout.data is not None or recipe.linear == "quack" or by_nemo(recipe):
         return []
     for tensor in (2, 4, 8):
         ranks, rest = divmod(data_parallel * layout.tensor, tensor)

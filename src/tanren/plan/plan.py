@@ -20,7 +20,7 @@ from tanren.config.fields import Strict
 from tanren.config.merge import Merge
 from tanren.config.model import Model
 from tanren.config.schema import Convert, Evaluation, Export, Recipe
-from tanren.config.training import Dpo, Midtrain, Sft, Training, Tuning
+from tanren.config.training import Dpo, Midtrain, Sft, Training, Tuning, by_nemo
 from tanren.plan.batch import Batch, Cut
 from tanren.plan.bench import Bench
 from tanren.plan.cost import Gpu
@@ -320,11 +320,6 @@ def parse_plan(value: bytes | Mapping[str, Any], place: object) -> Plan:
             f"was written by another version of tanren ({field_name}: {first['msg']})",
             "run the stage under a new NAME=, or check out the commit that its passport names",
         ) from None
-
-
-def by_nemo(recipe: Recipe | Training) -> bool:
-    """Whether the stage of a recipe trains with nemo-toolkit."""
-    return isinstance(recipe, Tuning) and recipe.engine == "nemo"
 
 
 def own_image(recipe: Recipe | Training) -> Literal["merge", "nemo"] | None:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from tanren.config.errors import RequestError
-from tanren.config.training import Dpo, Sft, Tuning
+from tanren.config.training import Dpo, Sft, Tuning, by_nemo
 from tanren.plan.batch import Cut, check_divides
 from tanren.plan.checks import check_schedule, check_vocabulary
 from tanren.plan.cost import estimated_hours, fitted
 from tanren.plan.nemo import check_nemo
 from tanren.plan.paths import TRAINING_STAGES, examples_cache
-from tanren.plan.plan import DpoPlan, Request, SftPlan, by_nemo, common, digest, settings_of
+from tanren.plan.plan import DpoPlan, Request, SftPlan, common, digest, settings_of
 from tanren.plan.references import base_of, product_of
 from tanren.plan.training import (
     FREE,

@@ -14,7 +14,7 @@ from megatron.core.utils import unwrap_model
 
 from tanren import runs
 from tanren.config.errors import WorkError
-from tanren.config.training import Preference
+from tanren.config.training import Preference, by_nemo
 from tanren.data.blend import Batch
 from tanren.data.rows import Items, Pairs
 from tanren.engine import flash4, preference, products
@@ -22,7 +22,7 @@ from tanren.engine.checkpoint import TrainingState
 from tanren.engine.fingerprint import fingerprint
 from tanren.engine.packed import packed_forward
 from tanren.engine.step import Objective
-from tanren.plan.plan import DpoPlan, by_nemo, digest
+from tanren.plan.plan import DpoPlan, digest
 from tanren.stages import synthetic, training, tuning
 from tanren.stages.reference import Kept, LogProbs, Reference
 from tanren.stages.training import Session

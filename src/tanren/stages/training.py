@@ -16,7 +16,7 @@ from megatron.core.utils import unwrap_model
 
 from tanren import runs, tracking
 from tanren.config.errors import RequestError
-from tanren.config.training import Lora, Tuning
+from tanren.config.training import Lora, Tuning, by_nemo
 from tanren.convert import hf, mcore, unpickle
 from tanren.convert import lora as adapters_of
 from tanren.engine import distributed, flash4, kernel_cache, loop, lora, products, timing
@@ -29,7 +29,7 @@ from tanren.engine.saver import Saver
 from tanren.engine.step import Budget, Feed, Objective
 from tanren.engine.stop import Rhythm, StopRequest
 from tanren.plan.paths import CHECKPOINT_FILES
-from tanren.plan.plan import TrainingPlan, by_nemo, digest
+from tanren.plan.plan import TrainingPlan, digest
 from tanren.stages import bench
 from tanren.stages.convert import convert_base
 

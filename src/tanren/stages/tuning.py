@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from tanren import runs
+from tanren.config.training import by_nemo
 from tanren.convert import hf
 from tanren.data import examples as token_cache
 from tanren.data import packing, selection, template
@@ -29,7 +30,7 @@ from tanren.engine.distributed import Ranks
 from tanren.engine.step import Budget, Objective
 from tanren.plan.checks import check_schedule, check_vocabulary
 from tanren.plan.paths import RunFolder
-from tanren.plan.plan import TrainingPlan, TuningPlan, by_nemo, digest, read_plan
+from tanren.plan.plan import TuningPlan, digest
 from tanren.stages import own_tokenizer, synthetic, training
 from tanren.stages.convert import check_tokenizers
 from tanren.stages.feed import RowFeed
@@ -186,7 +187,7 @@ def make_tokenizer(plan: TuningPlan, folder: Path) -> Path:
     source = plan.tokenizer
     if plan.recipe.tokenizer is None and plan.base is not None:
         base = RunFolder(plan.folder.root.with_name(plan.base))
-        if base.plan.is_file() and isinstance(read_plan(base.plan), TrainingPlan):
+        if base.plan.is_file():
             own_tokenizer.of(base)  # refuses one of which nothing is left
     original = hf.locate(source.removeprefix("hf:")) if source.startswith("hf:") else Path(source)
     size = tokenizers.read(original).size
